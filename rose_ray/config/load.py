@@ -1,0 +1,148 @@
+"""From YAML text to a checked configuration, with errors that name the key, the value and the near miss."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rose_ray.config.models import JobConfig
+from rose_ray.config.presets import PRESETS
+from rose_ray.errors import ConfigError
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read and check a YAML file.
+
+    Args:
+        path: Local file.
+        overrides: ``a.b=value`` each; the value is YAML. List items by number: ``targets.0.shots=5``.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or does not fit; every problem is listed.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path!r}: {error.strerror}. `rose-ray init` writes a commented example.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    return parse_config(content, overrides, name=path)
+
+
+def parse_config(content: Any, overrides: Sequence[str] = (), *, name: str = "configuration") -> JobConfig:
+    """Check parsed YAML. ``name`` is what messages call it."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name}: expected keys and values, found {type(content).__name__}.")
+    for override in overrides:
+        _apply_override(content, override)
+    preset = content.get("preset")
+    if isinstance(preset, str) and preset in PRESETS:
+        content = _under(PRESETS[preset], content)
+    try:
+        return JobConfig.model_validate(_floats(content, JobConfig))
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{name}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected a.b=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    node: Any = content
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise ConfigError(f"--set {override!r}: {part!r} is below a plain value.")
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {last!r} is below a plain value.")
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {override!r}: expected an item number from 0 to {len(node) - 1}, found {part!r}.")
+    return int(part)
+
+
+def _under(preset: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    # A preset's entry for `targets` is a mapping that goes under every target.
+    merged: dict[str, Any] = dict(content)
+    for key, value in preset.items():
+        given = content.get(key)
+        if key == "targets" and isinstance(given, list):
+            merged[key] = [_under(value, item) if isinstance(item, dict) else item for item in given]
+        elif isinstance(value, Mapping):
+            merged[key] = _under(value, given if isinstance(given, dict) else {})
+        elif key not in content:
+            merged[key] = value
+    return merged
+
+
+def _floats(content: Any, model: Any) -> Any:
+    """Let YAML's ``1`` and ``2e-5`` (text to YAML 1.1) stand for floats where a float is expected."""
+    if isinstance(model, type) and issubclass(model, BaseModel) and isinstance(content, dict):
+        fields = model.model_fields
+        return {k: _floats(v, fields[k].annotation) if k in fields else v for k, v in content.items()}
+    arguments = get_args(model)
+    if isinstance(content, list):
+        return [_floats(item, arguments[0]) if arguments else item for item in content]
+    if isinstance(content, dict) and len(arguments) == 2:
+        return {k: _floats(v, arguments[1]) for k, v in content.items()}
+    if isinstance(content, dict) and arguments:
+        return _floats(content, next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None))
+    if "float" in str(model) and isinstance(content, int | str) and not isinstance(content, bool):
+        try:
+            return float(content)
+        except ValueError:
+            return content
+    return content
+
+
+def _explain(problem: Any) -> str:
+    location = list(problem["loc"])
+    key = ".".join(str(part) for part in location)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key (value {value!r}); {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: required, but not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        near = difflib.get_close_matches(value, problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}: {message}; found {value!r}"
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: Any = JobConfig
+    for part in location:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)

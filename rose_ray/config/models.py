@@ -1,0 +1,278 @@
+"""The shape of the YAML: strict models whose field descriptions are the reference for users."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
+Objective = Literal["rose", "rose_simpo", "rose_balanced", "dpo_weighted", "less"]
+Normalization = Literal["exact", "projected", "none"]
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+_Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class DeepSpeedConfig(_Strict):
+    """How DeepSpeed holds the frozen base model while gradients are computed."""
+
+    zero_stage: Literal[0, 3] = Field(0, description="0: whole on the device. 3: parameters gathered layer by layer.")
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="cpu keeps the parameters in host memory; needs zero_stage 3."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_stage_3(self) -> DeepSpeedConfig:
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError("offload_parameters: cpu needs zero_stage: 3")
+        return self
+
+
+class ModelConfig(_Strict):
+    """The base model and how text becomes tokens."""
+
+    base: str = Field(description="Folder or Hugging Face name of the base model and its tokenizer.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Type of the frozen base weights. Adapters and gradients are float32 always."
+    )
+    max_tokens: int = Field(2048, ge=8, description="Longest sample; the right side of longer ones is cut and counted.")
+    template: str = Field(
+        "tokenizer", description="Chat template: tokenizer (the model's own), tulu (as in LESS), or a Jinja file."
+    )
+    loss_on_turn_tail: bool = Field(
+        False, description="Let what follows an answer's end token (a newline) carry loss too, as LESS's code does."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about half as fast again.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
+    loader: Literal["deepspeed", "plain"] = Field("deepspeed", description="Who holds the model in the scoring actors.")
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed settings of those actors.")
+
+
+class LoraConfig(_Strict):
+    """The adapter whose gradients are compared. Defaults are the paper's."""
+
+    rank: int = Field(128, ge=1, description="Rank of every adapter matrix.")
+    alpha: float = Field(512.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / rank.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout before the adapter, in the warm-up only.")
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        min_length=1,
+        description="Names of the linear layers that get an adapter.",
+    )
+
+
+class PoolInput(_Strict):
+    """Files of the pool that share a format."""
+
+    files: list[str] = Field(min_length=1, description="Paths, URIs or patterns: JSONL, JSON, Parquet; .gz and .zst too.")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
+        "auto", description="Shape of a record; auto looks at the first rows and says what it found."
+    )
+    source: str | None = Field(None, description="Source that all rows count under.")
+    source_field: str | None = Field(None, description="Key of the record that names its source.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PoolInput:
+        if self.source is not None and self.source_field is not None:
+            raise ValueError("source and source_field contradict each other: set one of them")
+        return self
+
+
+class PoolConfig(_Strict):
+    """What is selected from."""
+
+    inputs: list[PoolInput] = Field(min_length=1, description="Where the rows are. Of equal rows the first input's counts.")
+    shard_rows: int = Field(512, ge=1, description="Rows of a unit of work; part of every shard's identity.")
+    sample_fraction: _Fraction = Field(1.0, description="Take this share of the rows, chosen by their content; for trials.")
+    sample_seed: int = Field(0, description="Which rows such a share holds.")
+
+
+class PairInput(_Strict):
+    """Preference pairs of a target."""
+
+    files: list[str] = Field(min_length=1, description="Paths, URIs or patterns.")
+    format: Literal["auto", "explicit", "implicit", "sharegpt", "rose_authors"] = Field(
+        "auto", description="Shape of a record: with a prompt, with the prompt inside both answers, or the authors' files."
+    )
+    subtask: _Name | None = Field(None, description="Subtask of all pairs in these files.")
+    subtask_field: str | None = Field(None, description="Key of the record that names its subtask.")
+    subtask_blocks: int | None = Field(None, ge=1, description="The file holds this many subtasks, one equal block each.")
+
+    @model_validator(mode="after")
+    def _one_subtask(self) -> PairInput:
+        given = [n for n in ("subtask", "subtask_field", "subtask_blocks") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: set one of them")
+        return self
+
+
+class SelectionConfig(_Strict):
+    """How many rows, and which of the best."""
+
+    fraction: _Fraction | None = Field(None, description="Share of the pool's unique rows.")
+    count: int | None = Field(None, ge=1, description="Number of rows.")
+    tokens: int | None = Field(None, ge=1, description="Number of tokens, all roles counted.")
+    method: Literal["top_k", "round_robin"] = Field(
+        "top_k", description="top_k of the score, or each subtask in turn takes its best row left."
+    )
+    include_sources: list[str] | None = Field(None, min_length=1, description="Choose from these sources only.")
+    exclude_sources: list[str] = Field(default_factory=list, description="Choose nothing from these sources.")
+    source_quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="Largest share of the selection that a source may have."
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SelectionConfig:
+        given = [n for n in ("fraction", "count", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: set one of fraction, count, tokens")
+        both = sorted(set(self.include_sources or []) & set(self.exclude_sources))
+        if both:
+            raise ValueError(f"sources {both} are both included and excluded")
+        return self
+
+    @property
+    def budget(self) -> tuple[Literal["fraction", "count", "tokens"], float]:
+        """The budget that was set; 5 % of the pool where none was."""
+        if self.count is not None:
+            return "count", self.count
+        if self.tokens is not None:
+            return "tokens", self.tokens
+        return "fraction", self.fraction if self.fraction is not None else 0.05
+
+
+class TargetConfig(_Strict):
+    """What the selected data should make the model better at."""
+
+    name: _Name = Field(description="Name of the target, used in paths.")
+    pairs: list[PairInput] = Field(min_length=1, description="Its preference pairs.")
+    shots: int | None = Field(None, ge=1, description="Use the first so many pairs of every subtask; all where unset.")
+    objective: Objective = Field("rose", description="Which direction a pair stands for; docs/objectives.md.")
+    dpo_beta: float = Field(0.1, gt=0, description="Beta of the DPO loss; matters in dpo_weighted and in reports.")
+    normalize: Normalization = Field(
+        "exact", description="Divide by the exact lengths, by the projected ones (as the released code), or not at all."
+    )
+    encoding: Literal["chat", "rose_official"] = Field(
+        "chat", description="Pairs in the pool's chat template, or in the raw transcripts of the released code."
+    )
+    official_cut: Literal["keep_start", "keep_end"] = Field(
+        "keep_start", description="Which end of a long prompt rose_official keeps; the authors use keep_end for hh."
+    )
+    aggregation: Literal["max", "mean"] = Field("max", description="From subtask scores to the score.")
+    selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
+
+
+class TrainingSetConfig(_Strict):
+    """One training set made from several targets."""
+
+    targets: list[_Name] | None = Field(None, min_length=1, description="Targets that take part; all where unset.")
+    selection: SelectionConfig = Field(
+        default_factory=lambda: SelectionConfig(method="round_robin"),
+        description="As for a target; targets take the place of subtasks.",
+    )
+
+
+class WarmupConfig(_Strict):
+    """The short LoRA training that yields the checkpoints. Defaults are the paper's."""
+
+    fraction: _Fraction = Field(0.05, description="Share of the pool to train on, chosen by seed.")
+    seed: int = Field(0, description="Chooses the rows, their order, and the adapter's first values.")
+    epochs: int = Field(4, ge=1, description="Passes; each ends with a checkpoint.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak; rises linearly from 0, then falls linearly to 0.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which it rises.")
+    batch_size: int = Field(128, ge=1, description="Samples of one optimizer step, over all workers.")
+    max_batch_tokens: int = Field(8192, ge=8, description="Bound on rows times length of what goes through the model at once.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients of a step are clipped to this length.")
+    workers: int = Field(1, ge=1, description="Data-parallel workers.")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="What DeepSpeed shards among them.")
+    adapters: list[str] | None = Field(
+        None, min_length=1, description="Your own PEFT adapter folders instead of a warm-up. Needs gradients.adam: sgd."
+    )
+    adapter_weights: list[float] | None = Field(
+        None, description="Weights of those adapters, for instance learning rates; equal where unset."
+    )
+
+    @model_validator(mode="after")
+    def _weights_fit_adapters(self) -> WarmupConfig:
+        if self.adapter_weights is not None and len(self.adapter_weights) != len(self.adapters or []):
+            raise ValueError(
+                f"adapter_weights has {len(self.adapter_weights)} entries for {len(self.adapters or [])} adapters"
+            )
+        return self
+
+
+class ProjectionConfig(_Strict):
+    """The random projection that makes a feature of a direction."""
+
+    kind: Literal["sketch", "rademacher", "none"] = Field(
+        "sketch", description="sketch (fast), rademacher (dense, as the released code), none (exact; small models)."
+    )
+    dim: int = Field(8192, ge=1, description="Width of a feature; ignored by none.")
+    seed: int = Field(0, ge=0, description="Seed of the projection.")
+
+
+class GradientConfig(_Strict):
+    """From a sample's gradient to its feature."""
+
+    adam: AdamMode = Field("torch", description="torch, less_code (the released formula), v_only, or sgd.")
+    projection: ProjectionConfig = Field(default_factory=ProjectionConfig, description="The random projection.")
+    stored_dtype: Literal["float16", "float32"] = Field("float16", description="Type of a stored feature.")
+    max_batch_tokens: int = Field(8192, ge=8, description="Bound on rows times length of a batch; changes no score.")
+
+
+class RayConfig(_Strict):
+    """Where the job runs."""
+
+    address: str = Field("auto", description="local (start one here), auto (join the cluster), or ray://host:port.")
+    actors: int = Field(1, ge=1, description="Scoring actors.")
+    cpus_per_actor: float = Field(1.0, gt=0, description="CPUs reserved for each; fractions leave room for the readers.")
+    gpus_per_actor: float = Field(0.0, ge=0, description="GPUs reserved for each; 0 computes on the CPU.")
+    threads_per_actor: int = Field(1, ge=1, description="Torch threads in each; fixed, since it decides the last bits.")
+    cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
+    stall_seconds: int = Field(3600, ge=60, description="Give up when no shard ends for so long.")
+
+
+class JobConfig(_Strict):
+    """The whole YAML."""
+
+    workspace: str = Field(description="Folder or URI that holds everything the job makes.")
+    preset: Literal["rose_official"] | None = Field(
+        None, description="rose_official reproduces the released code's behaviour; what you set yourself wins."
+    )
+    model: ModelConfig = Field(description="The base model and how text becomes tokens.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter whose gradients are compared.")
+    pool: PoolConfig = Field(description="What is selected from.")
+    targets: list[TargetConfig] = Field(min_length=1, description="What the selected data should help.")
+    training_set: TrainingSetConfig | None = Field(None, description="One training set from several targets, if wanted.")
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig, description="The training that yields the checkpoints.")
+    gradients: GradientConfig = Field(default_factory=GradientConfig, description="From gradient to feature.")
+    ray: RayConfig = Field(default_factory=RayConfig, description="Where the job runs.")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> JobConfig:
+        names = [target.name for target in self.targets]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"targets: names must differ, found {repeated} more than once")
+        if self.training_set is not None:
+            unknown = sorted(set(self.training_set.targets or []) - set(names))
+            if unknown:
+                raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
+            if "training_set" in names:
+                raise ValueError("targets: the name training_set is taken by `training_set`")
+        if self.warmup.adapters is not None and self.gradients.adam != "sgd":
+            raise ValueError(
+                f"gradients.adam: {self.gradients.adam} needs Adam moments, which the folders in warmup.adapters do "
+                "not have; only sgd is open"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""A job whose right answer is known: generated pool, pairs and base model."""

@@ -1,0 +1,146 @@
+"""Scoring models held by DeepSpeed.
+
+Features need one frozen model and gradients with respect to activations, so DeepSpeed's part is to hold the
+parameters: whole (ZeRO stage 0), or partitioned and gathered layer by layer (stage 3), on the device or in host memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.errors import ResourceError
+from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.layout import adapter_parameters
+from rose_ray.model.scoring import ScoringModel
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """One rank's place among the processes that share a model. The default is a group of one."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def load_scoring_model(
+    model: ModelConfig,
+    lora: LoraConfig,
+    *,
+    device: str,
+    group: ProcessGroup | None = None,
+    dtype: torch.dtype | None = None,
+) -> ScoringModel:
+    """Load the base model with an empty adapter slot, held as ``model.loader`` says.
+
+    Args:
+        model: Base model, type, loader and DeepSpeed settings.
+        lora: Shape of the adapter slot. Its dropout is left out: features are made without.
+        device: ``cpu`` or ``cuda``.
+        group: Ranks that share the model under ZeRO stage 3.
+        dtype: Overrides the configured type; float64 in tests.
+
+    Raises:
+        ResourceError: ``cuda`` is asked for and there is none.
+        ModelError: The model or its adapter cannot be made.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("ray.gpus_per_actor asks for a GPU, but torch sees none in this actor.")
+    whole = model.loader == "plain" or model.deepspeed.zero_stage == 0
+    base = load_base(model, device=device if whole else "cpu", dtype=dtype)
+    peft_model = attach_adapter(base, lora, dropout=0.0)
+    if model.loader == "plain":
+        return ScoringModel(_checkpointed(peft_model.to(device), model), device, checkpointed=model.gradient_checkpointing)
+    return DeepSpeedScoringModel(peft_model, model, device=device, group=group or ProcessGroup())
+
+
+class DeepSpeedScoringModel(ScoringModel):
+    """A scoring model whose parameters DeepSpeed holds."""
+
+    def __init__(self, peft_model: nn.Module, model: ModelConfig, *, device: str, group: ProcessGroup) -> None:
+        deepspeed = _deepspeed_in_group(device, group)
+        stage = model.deepspeed.zero_stage
+        # Stage 0 wants an optimizer; one that is never stepped costs nothing.
+        adapter = list(adapter_parameters(peft_model).values())
+        optimizer = torch.optim.SGD(adapter, lr=0.0) if stage == 0 else None
+        config = _zero_config(model, largest_adapter_matrix=max(p.numel() for p in adapter))
+        self.engine, *_ = deepspeed.initialize(model=peft_model, optimizer=optimizer, config=config)
+        self._gathered = deepspeed.zero.GatheredParameters if stage == 3 else None
+        # The engine's own forward insists on its own backward; the module underneath keeps DeepSpeed's hooks.
+        super().__init__(_checkpointed(self.engine.module, model), device, checkpointed=model.gradient_checkpointing)
+
+    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy an adapter's weights into the slot, whatever holds it."""
+        if self._gathered is None:
+            super().load_adapter(tensors)
+            return
+        with self._gathered(list(adapter_parameters(self.module).values()), modifier_rank=0):
+            super().load_adapter(tensors)
+
+
+def _checkpointed(module: nn.Module, model: ModelConfig) -> nn.Module:
+    if model.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return module
+
+
+def _zero_config(model: ModelConfig, *, largest_adapter_matrix: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": model.deepspeed.zero_stage}
+    if model.deepspeed.zero_stage == 3:
+        # Adapter matrices stay resident: gathering many small tensors costs more than holding them.
+        zero["stage3_param_persistence_threshold"] = max(100_000, largest_adapter_matrix)
+        if model.deepspeed.offload_parameters != "none":
+            zero["offload_param"] = {"device": model.deepspeed.offload_parameters}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def import_deepspeed(device: str) -> Any:
+    """Import DeepSpeed for ``cpu`` or ``cuda``, without compiling any of its operators at run time."""
+    os.environ["DS_ACCELERATOR"] = device  # read once, at the import
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory collective would be built with the machine's compiler, and nothing here needs it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _deepspeed_in_group(device: str, group: ProcessGroup) -> Any:
+    """Import DeepSpeed and join the process group; the place in it travels by environment."""
+    if not torch.distributed.is_initialized():
+        port = group.port or _free_port()
+        place = {
+            "RANK": group.rank,
+            "WORLD_SIZE": group.world_size,
+            "LOCAL_RANK": 0,
+            "MASTER_ADDR": group.address,
+            "MASTER_PORT": port,
+        }
+        os.environ.update({key: str(value) for key, value in place.items()})
+    deepspeed = import_deepspeed(device)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,66 @@
+"""What the stages need of the cluster, checked before anything runs: a request that cannot be met would hang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+
+from rose_ray.config.models import JobConfig
+from rose_ray.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one live node offers."""
+
+    cpus: float
+    gpus: float
+
+
+def cluster_nodes() -> list[Node]:
+    """Return the live nodes of the cluster that this process is connected to."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+def check_resources(config: JobConfig, nodes: list[Node]) -> None:
+    """Refuse a configuration that the cluster cannot run.
+
+    Scoring actors leave room for one reading task beside them: without it the readers starve and nothing moves.
+
+    Raises:
+        ResourceError: Too few CPUs or GPUs; the message says what is asked for and what there is.
+    """
+    settings = config.ray
+    have = f"the cluster has {_nodes_text(nodes)}"
+    slots = sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes)
+    if slots < settings.actors:
+        raise ResourceError(
+            f"ray.actors: {settings.actors} actors of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} "
+            f"GPU do not fit; {have}, room for {slots}. Lower ray.actors or ray.cpus_per_actor, or add nodes."
+        )
+    wanted = settings.actors * settings.cpus_per_actor + settings.cpus_per_task
+    total = sum(node.cpus for node in nodes)
+    if wanted > total + 1e-9:
+        raise ResourceError(
+            f"ray: {settings.actors} actors x {settings.cpus_per_actor:g} CPU leave no room for a reading task of "
+            f"{settings.cpus_per_task:g} CPU; {have}. Lower ray.cpus_per_actor (fractions are fine) or ray.actors."
+        )
+    workers = config.warmup.workers if config.warmup.adapters is None else 0
+    worker_slots = sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes)
+    if worker_slots < workers:
+        raise ResourceError(
+            f"warmup.workers: {workers} workers of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} GPU "
+            f"do not fit; {have}. Lower warmup.workers, or add nodes."
+        )
+
+
+def _slots(node: Node, cpus: float, gpus: float) -> int:
+    by_cpu = int(node.cpus / cpus + 1e-9)
+    return min(by_cpu, int(node.gpus / gpus + 1e-9)) if gpus else by_cpu
+
+
+def _nodes_text(nodes: list[Node]) -> str:
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return f"{len(nodes)} node(s), {cpus:g} CPU and {gpus:g} GPU in all"

@@ -1,0 +1,81 @@
+"""The one ``ray.init``, and making sense of errors that come back through Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from rose_ray.config.models import RayConfig
+from rose_ray.errors import ResourceError, RoseError
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Join the cluster that ``config.address`` names, or start one here; leave it as it was found.
+
+    A session that is open already is used as it is.
+
+    Raises:
+        ResourceError: There is no cluster at that address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    address = None if config.address == "local" else config.address
+    try:
+        ray.init(
+            address="local" if address is None else address,
+            include_dashboard=True if address is None else None,  # Ray Train asks its state API
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            runtime_env={"env_vars": worker_environment(config)},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(
+            f"ray.address: no Ray cluster at {config.address!r} ({error}). "
+            "Start one (`ray start --head`), or set ray.address to local."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_environment(config: RayConfig) -> dict[str, str]:
+    """Environment of every worker: thread counts are fixed, since they decide the last bits of a sum."""
+    threads = str(config.threads_per_actor)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cuda" if config.gpus_per_actor else "cpu",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
+    }
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error of ours that lies under Ray's wrappers, or the one given where there is none."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RoseError) and not hasattr(current, "as_instanceof_cause"):
+            return current
+        failures = getattr(current, "worker_failures", None)
+        nested = [getattr(current, "cause", None), current.__cause__, current.__context__]
+        nested += list(failures.values()) if isinstance(failures, dict) else []
+        waiting += [each for each in nested if isinstance(each, BaseException)]
+    return error

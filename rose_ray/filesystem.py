@@ -1,0 +1,141 @@
+"""Opening paths and URIs: the one place that talks to ``pyarrow.fs``.
+
+A *location* is a plain path (``data/pool.jsonl``) or a URI (``s3://bucket/pool.jsonl``). Both go through the same
+code, so whatever ``pyarrow.fs`` opens can hold a pool, a pair file or a workspace.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import posixpath
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyarrow import fs
+
+from rose_ray.errors import DataError
+
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on some filesystem.
+
+    Attributes:
+        filesystem: Where it lives.
+        path: Its path on that filesystem, without a trailing slash.
+        name: How the user wrote it, or the same path for a match of a pattern: for messages and tables.
+    """
+
+    filesystem: fs.FileSystem
+    path: str
+    name: str
+
+
+def locate(name: str, *, relative_to: str = "") -> Location:
+    """Resolve a path or URI. Relative paths start at ``relative_to`` (default: the working directory).
+
+    Raises:
+        DataError: No filesystem understands the URI.
+    """
+    if "://" in name:
+        try:
+            filesystem, path = fs.FileSystem.from_uri(name)
+        except (ValueError, OSError) as error:
+            raise DataError(f"cannot open {name!r}: {error}. Use a local path or a URI that pyarrow.fs knows.") from error
+        return Location(filesystem, path.rstrip("/"), name)
+    path = os.path.normpath(os.path.join(os.path.abspath(relative_to or os.curdir), os.path.expanduser(name)))
+    return Location(fs.LocalFileSystem(), path, name)
+
+
+def child(parent: Location, *parts: str) -> Location:
+    """Return the location ``parent/parts...``."""
+    return Location(parent.filesystem, posixpath.join(parent.path, *parts), posixpath.join(parent.name, *parts))
+
+
+def expand(patterns: Sequence[str], *, relative_to: str = "") -> list[Location]:
+    """Turn files and glob patterns into files: patterns in the order given, matches of one pattern by name.
+
+    ``*`` stays within one folder, ``**`` spans folders. A file named twice is read once.
+
+    Raises:
+        DataError: A file is missing, or a pattern matches nothing.
+    """
+    files: dict[str, Location] = {}
+    for pattern in patterns:
+        location = locate(pattern, relative_to=relative_to)
+        for match in _matches(location) if _GLOB_CHARACTERS & set(pattern) else [_existing(location)]:
+            files.setdefault(match.path, match)
+    return list(files.values())
+
+
+def _existing(location: Location) -> Location:
+    info = location.filesystem.get_file_info(location.path)
+    if info.type == fs.FileType.File:
+        return location
+    found = "a folder" if info.type == fs.FileType.Directory else "nothing"
+    raise DataError(f"{location.name!r}: expected a file, found {found} at {location.path!r}. Check the path.")
+
+
+def _matches(location: Location) -> list[Location]:
+    fixed: list[str] = []
+    parts = location.path.split("/")
+    for part in parts:
+        if _GLOB_CHARACTERS & set(part):
+            break
+        fixed.append(part)
+    selector = fs.FileSelector("/".join(fixed) or "/", recursive=True, allow_not_found=True)
+    matches = sorted(
+        info.path
+        for info in location.filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File and _path_matches(info.path.split("/"), parts)
+    )
+    if not matches:
+        raise DataError(f"pattern {location.name!r} matches no file (looked under {'/'.join(fixed)!r}).")
+    return [Location(location.filesystem, path, path) for path in matches]
+
+
+def _path_matches(path: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_path_matches(path[skip:], pattern[1:]) for skip in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _path_matches(path[1:], pattern[1:])
+
+
+def write_bytes(location: Location, data: bytes) -> None:
+    """Write a whole file so that readers see the old content, or the new, and never a part.
+
+    A local file is written beside its place, synced and renamed; on an object store one PUT does the same.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    folder = posixpath.dirname(location.path)
+    if not isinstance(location.filesystem, fs.LocalFileSystem):
+        location.filesystem.create_dir(folder, recursive=True)
+        with location.filesystem.open_output_stream(location.path) as stream:
+            stream.write(data)
+        return
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{location.path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, location.path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def read_bytes(location: Location) -> bytes:
+    """Return a whole file, uncompressed as stored."""
+    with location.filesystem.open_input_stream(location.path, compression=None) as stream:
+        data: bytes = stream.read()
+    return data

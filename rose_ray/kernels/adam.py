@@ -1,0 +1,172 @@
+"""From one sample's gradient to the step Adam would take for it alone.
+
+Shapes: B batch, and the parameter's own axes behind it. The functions work on one parameter tensor at a time,
+so that a caller can stream over parameters and add up the squares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from rose_ray.errors import ConfigError, NumericsError, ShapeError
+
+AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
+
+LESS_CODE_BETA1 = 0.9
+LESS_CODE_BETA2 = 0.999
+LESS_CODE_EPS = 1e-8
+"""Constants written into the released code of LESS, whatever the optimizer really used."""
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What the warm-up's optimizer knew besides the moments.
+
+    Args:
+        num_updates: Updates already taken at the checkpoint, at least 0.
+        adam_beta1: Decay of the first moment, in [0, 1).
+        adam_beta2: Decay of the second moment, in [0, 1).
+        adam_eps: Added to the root of the second moment, above 0, in units of a gradient.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    num_updates: int
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+
+    def __post_init__(self) -> None:
+        if self.num_updates < 0:
+            raise ConfigError(f"num_updates is {self.num_updates}; expected 0 or more")
+        for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise ConfigError(f"{name} is {beta!r}; expected a number in [0, 1)")
+        if not (math.isfinite(self.adam_eps) and self.adam_eps > 0):
+            raise ConfigError(f"adam_eps is {self.adam_eps!r}; expected a finite number above 0")
+
+
+class AdamDirection(NamedTuple):
+    """Directions of one parameter tensor, and the squares from which the momentum share is made.
+
+    ``direction_B``: [B, *shape], dtype of the gradients. ``momentum_square``: ``||b1 m||**2``, float64
+    scalar. ``total_square_B``: ``||b1 m + (1 - b1) g||**2``, float64 [B]. Summed over all parameters, the
+    root of their quotient is the share of the common moment term. Both are 0 where the mode has no momentum.
+    """
+
+    direction_B: Tensor
+    momentum_square: Tensor
+    total_square_B: Tensor
+
+
+def adam_direction(
+    grads_B: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    state: AdamState,
+    mode: AdamMode = "torch",
+) -> AdamDirection:
+    """Return the step that each sample alone would cause, learning rate left out.
+
+    Gamma(z; theta) of LESS, section 3.1 (Xia et al. 2024, arXiv:2402.04333), with t = num_updates + 1::
+
+        m' = b1 m + (1 - b1) g        v' = b2 v + (1 - b2) g**2
+
+        torch      (m' / (1 - b1**t)) / (sqrt(v' / (1 - b2**t)) + eps)
+        less_code  m' / sqrt(v' + 1e-8), b1 = 0.9 and b2 = 0.999 whatever the state says
+        v_only     g / (sqrt(v' / (1 - b2**t)) + eps)
+        sgd        g
+
+    ``torch`` is what ``torch.optim.Adam`` would do. ``less_code`` is the released code of LESS: no bias
+    correction, eps under the root. The parameters then move by minus the learning rate times the direction.
+
+    Args:
+        grads_B: Loss gradients [B, *shape], float32 or float64, one row per sample. Not modified.
+        exp_avg: First moment m stored with the checkpoint, [*shape]; may be None in ``v_only`` and ``sgd``.
+        exp_avg_sq: Second moment v, [*shape], at least 0; may be None in ``sgd``.
+        state: Number of updates, betas and eps of the optimizer that ran.
+        mode: One of the four above.
+
+    Returns:
+        Directions and squares, on the device of the gradients. Moments are used in the dtype of the
+        gradients. ``sgd`` returns the gradients themselves, not a copy. NaN and infinity pass through.
+
+    Raises:
+        ConfigError: The mode is unknown, or needs a moment that is missing.
+        ShapeError: A moment's shape is not that of one sample's gradient.
+        NumericsError: The gradients are neither float32 nor float64.
+    """
+    if mode not in get_args(AdamMode):
+        raise ConfigError(f"Adam mode is {mode!r}; expected one of {', '.join(get_args(AdamMode))}")
+    if grads_B.dtype not in (torch.float32, torch.float64):
+        raise NumericsError(f"gradients are {grads_B.dtype}; expected float32 or float64")
+    if mode == "sgd":
+        return _without_momentum(grads_B, grads_B)
+    sq = _moment("exp_avg_sq", exp_avg_sq, grads_B, mode)
+    if mode == "v_only":
+        return _without_momentum(grads_B / _denominator(grads_B, sq, state), grads_B)
+    avg = _moment("exp_avg", exp_avg, grads_B, mode)
+    if mode == "less_code":
+        momentum, total_B = _first_moment(grads_B, avg, LESS_CODE_BETA1)
+        denom_B = _second_moment(grads_B, sq, LESS_CODE_BETA2).add_(LESS_CODE_EPS).sqrt_()
+        return AdamDirection(total_B / denom_B, _square(momentum), _square_rows(total_B))
+    momentum, total_B = _first_moment(grads_B, avg, state.adam_beta1)
+    correction = 1.0 - state.adam_beta1 ** (state.num_updates + 1)
+    direction_B = (total_B / correction).div_(_denominator(grads_B, sq, state))
+    return AdamDirection(direction_B, _square(momentum), _square_rows(total_B))
+
+
+def _moment(name: str, moment: Tensor | None, grads_B: Tensor, mode: AdamMode) -> Tensor:
+    if moment is None:
+        raise ConfigError(
+            f"Adam mode {mode!r} needs {name}, and the checkpoint has none; "
+            "use a checkpoint with its optimizer state, or mode 'sgd'"
+        )
+    if moment.shape != grads_B.shape[1:]:
+        raise ShapeError(
+            f"{name} has shape {tuple(moment.shape)} and the gradients {tuple(grads_B.shape)}; "
+            "expected the gradients' shape without its first axis"
+        )
+    return moment.to(dtype=grads_B.dtype, device=grads_B.device)
+
+
+def _first_moment(grads_B: Tensor, exp_avg: Tensor, beta1: float) -> tuple[Tensor, Tensor]:
+    momentum = beta1 * exp_avg
+    return momentum, grads_B.mul(1.0 - beta1).add_(momentum)
+
+
+def _second_moment(grads_B: Tensor, exp_avg_sq: Tensor, beta2: float) -> Tensor:
+    return grads_B.square().mul_(1.0 - beta2).add_(beta2 * exp_avg_sq)
+
+
+def _denominator(grads_B: Tensor, exp_avg_sq: Tensor, state: AdamState) -> Tensor:
+    """``sqrt(v' / (1 - b2**t)) + eps``, the roots taken apart as torch does."""
+    correction = 1.0 - state.adam_beta2 ** (state.num_updates + 1)
+    return (
+        _second_moment(grads_B, exp_avg_sq, state.adam_beta2)
+        .sqrt_()
+        .div_(math.sqrt(correction))
+        .add_(state.adam_eps)
+    )
+
+
+def _without_momentum(direction_B: Tensor, grads_B: Tensor) -> AdamDirection:
+    zeros = torch.zeros(grads_B.shape[0], dtype=torch.float64, device=grads_B.device)
+    return AdamDirection(direction_B, zeros.new_zeros(()), zeros)
+
+
+def _square(tensor: Tensor) -> Tensor:
+    # vector_norm adds up in float64 without a float64 copy of the tensor
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return norm.square()
+
+
+def _square_rows(tensor_B: Tensor) -> Tensor:
+    norm_B: Tensor = torch.linalg.vector_norm(tensor_B.flatten(1), dim=1, dtype=torch.float64)
+    return norm_B.square()

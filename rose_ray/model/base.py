@@ -1,0 +1,172 @@
+"""Base model, tokenizer and chat template, loaded once and told apart by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.data.chat import TULU_TEMPLATE, ChatTemplate
+from rose_ray.data.tokenize import Tokeniser
+from rose_ray.errors import ModelError
+
+_WEIGHT_FILES = (".safetensors",)
+_DESCRIBING_FILES = ("config.json",)
+
+
+def resolve_base(model: ModelConfig) -> str:
+    """Return the local folder of the base model, downloading it from the hub where the name is not a folder.
+
+    Raises:
+        ModelError: There is no such folder or repository.
+    """
+    if os.path.isdir(model.base):
+        return os.path.abspath(model.base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        path: str = snapshot_download(model.base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ModelError(
+            f"model.base: {model.base!r} is no folder here, and the hub gave: {type(error).__name__}: {error}"
+        ) from error
+    return path
+
+
+def base_digest(folder: str) -> str:
+    """Return 16 hex digits that stand for the base model's weights and configuration.
+
+    Raises:
+        ModelError: The folder holds no safetensors weights.
+    """
+    names = sorted(os.listdir(folder))
+    weights = [name for name in names if name.endswith(_WEIGHT_FILES)]
+    if not weights:
+        raise ModelError(f"{folder}: no *.safetensors file. Save the base model with safe serialisation.")
+    digest = hashlib.sha256()
+    for name in [*weights, *(name for name in names if name in _DESCRIBING_FILES)]:
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()[:16]
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Return the base model's tokenizer, with a padding token (the end token where it has none of its own).
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    folder = resolve_base(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model.base}: cannot load its tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out everywhere, so its value never matters
+    return tokenizer
+
+
+def chat_template(model: ModelConfig, tokenizer: Any) -> ChatTemplate:
+    """Return the chat template that ``model.template`` names.
+
+    Raises:
+        ModelError: The tokenizer has none, or the file cannot be read.
+    """
+    if model.template == "tokenizer":
+        source = tokenizer.chat_template
+        if not isinstance(source, str):
+            raise ModelError(
+                f"model.template: tokenizer, but the tokenizer of {model.base!r} has no chat template. "
+                "Set it to tulu, or to a Jinja file."
+            )
+    elif model.template == "tulu":
+        source = TULU_TEMPLATE
+    else:
+        try:
+            with open(model.template, encoding="utf-8") as file:
+                source = file.read()
+        except OSError as error:
+            raise ModelError(
+                f"model.template: {model.template!r} is neither tokenizer nor tulu nor a readable file: {error.strerror}."
+            ) from error
+    bos = tokenizer.bos_token or ""
+    if model.template == "tulu" and tokenizer(" ")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        bos = ""  # LESS's code adds what the tokenizer adds by itself, and nothing else
+    return ChatTemplate(
+        source=source,
+        bos_token=bos,
+        eos_token=tokenizer.eos_token or "",
+        end_tokens=tuple(tokenizer.all_special_tokens),
+        loss_on_turn_tail=model.loss_on_turn_tail,
+    )
+
+
+def load_tokeniser(model: ModelConfig) -> Tokeniser:
+    """Return the tokeniser of the pool and of chat-encoded pairs."""
+    tokenizer = load_tokenizer(model)
+    return Tokeniser(tokenizer, chat_template(model, tokenizer), model.max_tokens)
+
+
+def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the base model: frozen, without a cache, on ``device``.
+
+    Args:
+        model: What to load.
+        device: ``cpu``, ``cuda`` or ``meta`` (names and shapes only, no weights read).
+        dtype: Overrides the configured type; float64 in tests.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    folder = resolve_base(model)
+    dtype = dtype or getattr(torch, model.dtype)
+    try:
+        if device == "meta":
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+            ).to(device)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{model.base}: cannot load it as a causal language model: {error}") from error
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    module: nn.Module = base
+    return module
+
+
+def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> PeftModel:
+    """Put a fresh LoRA adapter of float32 parameters on ``base`` (float64 where the base is).
+
+    Raises:
+        ModelError: The model lacks one of the target modules.
+    """
+    present = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    lacking = sorted(set(lora.target_modules) - present)
+    if lacking:
+        raise ModelError(f"lora.target_modules: the model has no linear layer {lacking}; it has {sorted(present)}.")
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(base, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def model_vocabulary_size(model: nn.Module) -> int:
+    """Rows of the token embedding."""
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator,union-attr]

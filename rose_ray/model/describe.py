@@ -1,0 +1,52 @@
+"""What identifies a model: digests of its weights and of how text becomes tokens, and the adapter's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.data.tokenize import Tokeniser
+from rose_ray.model.base import attach_adapter, base_digest, load_base, load_tokeniser, resolve_base
+from rose_ray.model.layout import ParameterLayout, layout_of
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Digests (16 hex digits) and layout.
+
+    Attributes:
+        base: Weights and configuration of the base model.
+        text: Tokenizer, chat template and what carries loss.
+        layout: Names and shapes of the adapter's parameters.
+    """
+
+    base: str
+    text: str
+    layout: ParameterLayout
+
+
+def describe_model(model: ModelConfig, lora: LoraConfig) -> ModelIdentity:
+    """Look at a base model without loading its weights into a model.
+
+    Raises:
+        ModelError: The base, its tokenizer or template cannot be used, or it lacks a LoRA target.
+    """
+    folder = resolve_base(model)
+    text = _text_digest(load_tokeniser(model))
+    empty = attach_adapter(load_base(model, device="meta"), lora, dropout=0.0)
+    return ModelIdentity(base=base_digest(folder), text=text, layout=layout_of(empty))
+
+
+def _text_digest(tokeniser: Tokeniser) -> str:
+    template = tokeniser.template
+    parts = [
+        tokeniser.tokenizer.backend_tokenizer.to_str(),
+        template.source,
+        template.bos_token,
+        template.eos_token,
+        list(template.end_tokens),
+        template.loss_on_turn_tail,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""Preference pairs to the validation bank: the gradients of both sides, kept apart.
+
+With ``G_w`` and ``G_l`` (gradients of the summed log-probability of the chosen and the rejected answer) every objective
+is arithmetic on stored vectors. The gradient of the DPO loss (arXiv:2305.18290) is parallel to ``G_l - G_w``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rose_ray.config.models import TargetConfig
+from rose_ray.data.batches import length_batches
+from rose_ray.data.official import encode_official_pair
+from rose_ray.data.preferences import PreferencePair
+from rose_ray.data.tokenize import Sample, Tokeniser
+from rose_ray.errors import NonFiniteError, PairError, RowError
+from rose_ray.kernels.losses import dpo_margin
+from rose_ray.kernels.projection import Projection
+from rose_ray.model.checkpoint import Checkpoint
+from rose_ray.model.layout import ParameterLayout
+from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.schemas import bank_schema
+
+BANK_VERSION = 1
+"""Raised whenever the same input would give other numbers."""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair ready for the model."""
+
+    pair_id: str
+    subtask: str
+    chosen: Sample
+    rejected: Sample
+
+
+def encode_pairs(pairs: Sequence[PreferencePair], tokeniser: Tokeniser, target: TargetConfig) -> list[EncodedPair]:
+    """Tokenise both sides of every pair.
+
+    Raises:
+        PairError: Sides that cannot be tokenised, or that become equal once cut; all of them are listed.
+    """
+    encoded, problems = [], []
+    for pair in pairs:
+        try:
+            if target.encoding == "rose_official":
+                chosen, rejected = encode_official_pair(
+                    pair, tokeniser.tokenizer, max_tokens=tokeniser.max_tokens, cut=target.official_cut
+                )
+            else:
+                chosen = tokeniser.encode_answer(pair.prompt, pair.chosen)
+                rejected = tokeniser.encode_answer(pair.prompt, pair.rejected)
+        except (RowError, PairError) as error:
+            problems.append(f"{pair.pair_id}: {error}")
+            continue
+        if chosen.input_ids == rejected.input_ids:
+            problems.append(f"{pair.pair_id}: both sides are the same {len(chosen.input_ids)} tokens")
+        encoded.append(EncodedPair(pair.pair_id, pair.subtask, chosen, rejected))
+    if problems:
+        raise PairError(
+            f"target {target.name}: {len(problems)} of {len(pairs)} pairs cannot be used:\n  "
+            + "\n  ".join(problems)
+            + "\nRemove them, or raise `model.max_tokens`."
+        )
+    return encoded
+
+
+def pair_gradients(
+    model: ScoringModel,
+    pairs: Sequence[EncodedPair],
+    checkpoint: Checkpoint,
+    layout: ParameterLayout,
+    projection: Projection,
+    *,
+    max_batch_tokens: int,
+    half_precision_beta: float | None = None,
+) -> pa.Table:
+    """Compute a target's bank at one checkpoint.
+
+    Args:
+        model: Base model with an adapter slot.
+        pairs: Encoded pairs.
+        checkpoint: Policy; the reference is the model without its adapter.
+        layout: Of the adapter.
+        projection: From the flat gradient [P] to [D].
+        max_batch_tokens: Bound on rows times longest row.
+        half_precision_beta: Where given, both gradients are scaled as in the DPO loss with this beta and rounded to
+            float16 before projection, as the released code does; entries below 6e-8 vanish.
+
+    Returns:
+        Schema ``bank_schema(D)``, a row per pair in the order given.
+
+    Raises:
+        NonFiniteError: A gradient or log-probability is NaN or infinite; the pairs are listed.
+    """
+    samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    model.load_adapter(checkpoint.adapter)
+    rows = _BankRows(len(pairs), projection.dim, model.device)
+    batches = length_batches([len(sample.input_ids) for sample in samples], max_batch_tokens, multiple=2)
+    for indices in batches:
+        batch = pad_batch([samples[i] for i in indices], device=model.device)
+        with torch.no_grad(), model.without_adapter():
+            reference_B = model.sample_values(batch, "sum_logps").double()
+        part = _PairBatch(rows, [i // 2 for i in indices[::2]], layout, projection, reference_B, half_precision_beta)
+        part.finish(model.backward_per_sample(batch, "sum_logps", part.consume, part.set_scales))
+    return rows.table(pairs, checkpoint.name)
+
+
+class _BankRows:
+    """The numeric columns of the bank, filled batch by batch."""
+
+    def __init__(self, num_pairs: int, dim: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.projected_V2D = torch.zeros(num_pairs, 2, dim, dtype=torch.float32, device=device)
+        self.squares_V2, self.dots_V = zeros(num_pairs, 2), zeros(num_pairs)
+        self.logps_V2, self.reference_V2 = zeros(num_pairs, 2), zeros(num_pairs, 2)
+
+    def table(self, pairs: Sequence[EncodedPair], checkpoint: str) -> pa.Table:
+        finite_V = (
+            torch.isfinite(self.projected_V2D).all(2).all(1)
+            & torch.isfinite(self.logps_V2 + self.reference_V2 + self.squares_V2).all(1)
+        )
+        if not bool(finite_V.all()):
+            bad = [pair.pair_id for pair, fine in zip(pairs, finite_V.tolist(), strict=True) if not fine]
+            raise NonFiniteError(f"{checkpoint}: NaN or infinite gradients for pairs {bad}. Look at their texts and the model.")
+        dim = self.projected_V2D.shape[2]
+        sides = [
+            pa.FixedSizeListArray.from_arrays(pa.array(self.projected_V2D[:, s].reshape(-1).cpu().numpy()), dim)
+            for s in (0, 1)
+        ]
+        norms_V2 = self.squares_V2.sqrt().cpu()
+        answers = [[p.chosen for p in pairs], [p.rejected for p in pairs]]
+        columns = [
+            pa.array([p.pair_id for p in pairs], pa.string()),
+            pa.array([p.subtask for p in pairs], pa.string()),
+            *sides,
+            *(pa.array(norms_V2[:, s].numpy()) for s in (0, 1)),
+            pa.array(self.dots_V.cpu().numpy()),
+            *(pa.array([a.num_labelled_tokens for a in side], pa.int32()) for side in answers),
+            *(pa.array([a.num_tokens_cut for a in side], pa.int32()) for side in answers),
+            *(pa.array(self.logps_V2[:, s].cpu().numpy()) for s in (0, 1)),
+            *(pa.array(self.reference_V2[:, s].cpu().numpy()) for s in (0, 1)),
+        ]
+        return pa.Table.from_arrays(columns, schema=bank_schema(dim))
+
+
+class _PairBatch:
+    """Receives the gradients of one batch, whose rows are chosen, rejected, chosen, rejected, ..."""
+
+    def __init__(
+        self,
+        rows: _BankRows,
+        places: list[int],
+        layout: ParameterLayout,
+        projection: Projection,
+        reference_B: Tensor,
+        half_precision_beta: float | None,
+    ) -> None:
+        self.rows, self.layout, self.projection = rows, layout, projection
+        self.places = torch.tensor(places, device=reference_B.device)
+        self.reference_B, self.beta = reference_B, half_precision_beta
+        size = len(reference_B)
+        self.projected_BD = torch.zeros(size, projection.dim, dtype=rows.projected_V2D.dtype, device=reference_B.device)
+        self.squares_B = torch.zeros_like(reference_B)
+        self.dots_V = torch.zeros_like(reference_B[::2])
+        self.scales_B: Tensor | None = None
+
+    def set_scales(self, logps_B: Tensor) -> None:
+        if self.beta is not None:
+            policy_B, reference_B = logps_B.double(), self.reference_B
+            margin_V = dpo_margin(policy_B[::2], policy_B[1::2], reference_B[::2], reference_B[1::2], self.beta)
+            self.scales_B = (self.beta * torch.sigmoid(-margin_V)).repeat_interleave(2)
+
+    def consume(self, name: str, grads_BOI: Tensor) -> None:
+        grads_BP = grads_BOI.flatten(1)
+        if self.scales_B is not None:
+            scales_B1 = self.scales_B[:, None].to(grads_BP.dtype)
+            grads_BP = (grads_BP * scales_B1).half().to(grads_BP.dtype) / scales_B1
+        self.squares_B += torch.linalg.vector_norm(grads_BP, dim=1).double().square()
+        self.dots_V += (grads_BP[::2].double() * grads_BP[1::2].double()).sum(1)
+        self.projection.add(self.projected_BD, self.layout.offsets[name], grads_BP.to(self.projected_BD.dtype))
+
+    def finish(self, logps_B: Tensor) -> None:
+        rows, places = self.rows, self.places
+        rows.projected_V2D[places] = self.projected_BD.unflatten(0, (-1, 2))
+        rows.squares_V2[places] = self.squares_B.unflatten(0, (-1, 2))
+        rows.dots_V[places] = self.dots_V
+        rows.logps_V2[places] = logps_B.double().unflatten(0, (-1, 2))
+        rows.reference_V2[places] = self.reference_B.unflatten(0, (-1, 2))

@@ -1,0 +1,1 @@
+"""Bytes out: the workspace, its receipts and its tables."""

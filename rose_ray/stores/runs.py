@@ -1,0 +1,66 @@
+"""The record of runs: configuration, stages, seconds. For people and for `status`; no result depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rose_ray.stores.versions import package_versions, utc_now
+from rose_ray.stores.workspace import Workspace
+
+_FOLDER = "runs"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of one run.
+
+    Attributes:
+        stage: Name, with the target where it has one.
+        key: Of the artefact it made or found.
+        folder: Where that lies, relative to the workspace.
+        reused: True where it was there already.
+        seconds: Wall time in this run.
+        counts: Rows in and out, by name.
+        num_bytes: Size of the artefact.
+    """
+
+    stage: str
+    key: str
+    folder: str
+    reused: bool
+    seconds: float
+    counts: dict[str, int]
+    num_bytes: int
+
+
+def write_run(workspace: Workspace, config: dict[str, Any], stages: list[StageRecord], outcome: str) -> str:
+    """Write the record of a run under the next number and return its path.
+
+    Args:
+        workspace: Where.
+        config: The dumped configuration.
+        stages: What was done, in order.
+        outcome: ``finished``, or the error that ended it.
+    """
+    path = f"{_FOLDER}/run-{len(_paths(workspace)) + 1:05d}.json"
+    content = {
+        "finished_at": utc_now(),
+        "outcome": outcome,
+        "stages": [asdict(stage) for stage in stages],
+        "versions": package_versions(),
+        "config": config,
+    }
+    workspace.write_json(path, content)
+    return path
+
+
+def last_run(workspace: Workspace) -> dict[str, Any] | None:
+    """Return the newest record, or None where nothing ran yet."""
+    paths = _paths(workspace)
+    content: dict[str, Any] | None = workspace.read_json(paths[-1]) if paths else None
+    return content
+
+
+def _paths(workspace: Workspace) -> list[str]:
+    return [path for path in workspace.list_folder(_FOLDER) if path.endswith(".json")]

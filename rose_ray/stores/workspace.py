@@ -1,0 +1,171 @@
+"""A workspace: a folder on any filesystem, holding every artefact of a job.
+
+Files are named by their path relative to the workspace. Each file that matters is listed in a manifest with its
+size and digest; readers check both, so an altered file is an error and not a wrong score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from rose_ray.errors import AlteredFileError, NewerFormatError, StoreError
+from rose_ray.filesystem import Location, child, locate, read_bytes, write_bytes
+
+FORMAT_VERSION = 1
+"""Version of the workspace layout. Readers refuse a higher one."""
+
+_FORMAT_FILE = "rose_ray.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest knows of one file.
+
+    Attributes:
+        path: Relative to the workspace.
+        num_bytes: Size.
+        sha256: Hex digest of the content.
+        num_rows: Rows of a table, -1 for other files.
+    """
+
+    path: str
+    num_bytes: int
+    sha256: str
+    num_rows: int = -1
+
+
+class Workspace:
+    """Read and write artefacts below one location. Cheap to pickle and to open again in another process."""
+
+    def __init__(self, root: Location) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, name: str, *, create: bool = False, relative_to: str = "") -> Workspace:
+        """Open a workspace, or make it when ``create`` is set.
+
+        Raises:
+            StoreError: There is none, or its format file cannot be read.
+            NewerFormatError: A later version of rose_ray wrote it.
+        """
+        workspace = cls(locate(name, relative_to=relative_to))
+        if workspace.exists(_FORMAT_FILE):
+            workspace._check_format()
+        elif create:
+            workspace.write_json(_FORMAT_FILE, {"format": FORMAT_VERSION})
+        else:
+            raise StoreError(f"no workspace at {name!r}. `rose-ray run CONFIG` makes one; check `workspace:`.")
+        return workspace
+
+    def _check_format(self) -> None:
+        content = self.read_json(_FORMAT_FILE)
+        version = content.get("format")
+        if not isinstance(version, int):
+            raise StoreError(f"{self.root.name}/{_FORMAT_FILE}: expected a whole number at 'format', found {version!r}.")
+        if version > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"workspace {self.root.name!r} has format {version}, this rose_ray reads up to {FORMAT_VERSION}. "
+                "Upgrade rose_ray, or name another workspace."
+            )
+
+    def location(self, path: str) -> Location:
+        """Return where ``path`` lives.
+
+        Raises:
+            StoreError: ``path`` would leave the workspace.
+        """
+        if path.startswith("/") or ".." in path.split("/"):
+            raise StoreError(f"{path!r} is not inside the workspace.")
+        return child(self.root, path)
+
+    def exists(self, path: str) -> bool:
+        """Whether a file is there."""
+        return self._info(path).type == fs.FileType.File
+
+    def _info(self, path: str) -> fs.FileInfo:
+        return self.root.filesystem.get_file_info(self.location(path).path)
+
+    def list_folder(self, path: str, *, recursive: bool = False) -> list[str]:
+        """Return the files and folders below ``path``, relative to the workspace, sorted; [] where it is missing."""
+        selector = fs.FileSelector(self.location(path).path, recursive=recursive, allow_not_found=True)
+        infos = self.root.filesystem.get_file_info(selector)
+        return sorted(posixpath.relpath(info.path, self.root.path) for info in infos)
+
+    def write(self, path: str, data: bytes, *, num_rows: int = -1) -> FileRecord:
+        """Write a file atomically and return its record."""
+        write_bytes(self.location(path), data)
+        return FileRecord(path, len(data), hashlib.sha256(data).hexdigest(), num_rows)
+
+    def write_json(self, path: str, content: Any) -> FileRecord:
+        """Write JSON, keys in the order given, for people to read."""
+        return self.write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_table(self, path: str, table: pa.Table) -> FileRecord:
+        """Write one Parquet file atomically. The same table gives the same bytes."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", write_statistics=False)
+        return self.write(path, sink.getvalue(), num_rows=table.num_rows)
+
+    def read(self, path: str, record: FileRecord | None = None) -> bytes:
+        """Return a file; with its record, only if size and digest agree.
+
+        Raises:
+            StoreError: The file is missing.
+            AlteredFileError: It differs from its record.
+        """
+        if not self.exists(path):
+            raise StoreError(f"{self.location(path).name}: no such file. Run the stage that makes it again.")
+        data = read_bytes(self.location(path))
+        if record is not None and (
+            len(data) != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256
+        ):
+            raise AlteredFileError(
+                f"{self.location(path).name}: {len(data)} bytes that differ from the {record.num_bytes} bytes its "
+                "manifest lists. The file was altered or cut short; delete it and run again."
+            )
+        return data
+
+    def read_json(self, path: str, record: FileRecord | None = None) -> Any:
+        """Return parsed JSON.
+
+        Raises:
+            StoreError: Missing, or not JSON.
+        """
+        try:
+            return json.loads(self.read(path, record))
+        except ValueError as error:
+            raise AlteredFileError(f"{self.location(path).name}: not JSON ({error}). Delete it and run again.") from error
+
+    def read_table(self, path: str, record: FileRecord | None = None, columns: list[str] | None = None) -> pa.Table:
+        """Return a Parquet table, checked against its record where one is given.
+
+        Raises:
+            StoreError: The file is missing.
+            AlteredFileError: It differs from its record, or is not Parquet.
+        """
+        data = self.read(path, record)
+        try:
+            return pq.read_table(pa.BufferReader(data), columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise AlteredFileError(
+                f"{self.location(path).name}: not a readable Parquet file ({error}). Delete it and run again."
+            ) from error
+
+    def is_intact(self, record: FileRecord) -> bool:
+        """Whether the file is there with the size its record gives. A look, not a read."""
+        info = self._info(record.path)
+        return info.type == fs.FileType.File and info.size == record.num_bytes
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a folder and all below it, if it is there."""
+        if self._info(path).type == fs.FileType.Directory:
+            self.root.filesystem.delete_dir(self.location(path).path)

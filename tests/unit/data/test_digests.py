@@ -1,0 +1,36 @@
+"""Equal rows and samples, against the obvious loops."""
+
+import hashlib
+import random
+
+import numpy as np
+
+from rose_ray.data.digests import digest_words, first_places, is_sampled
+
+
+def test_first_places_equal_a_dictionary():
+    generator = random.Random(0)
+    digests = [hashlib.md5(str(generator.randrange(40)).encode()).digest() for _ in range(300)]
+    seen: dict[bytes, int] = {}
+    expected = [seen.setdefault(digest, place) for place, digest in enumerate(digests)]
+    assert first_places(digest_words(digests)).tolist() == expected
+
+
+def test_no_rows():
+    assert first_places(digest_words([])).tolist() == []
+
+
+def test_digests_that_differ_in_one_word_only():
+    words = np.array([[1, 2], [1, 3], [0, 2], [1, 2]], dtype=np.uint64)
+    assert first_places(words).tolist() == [0, 1, 2, 0]
+
+
+def test_sampling_is_stable_nested_and_near_its_fraction():
+    ids = [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(4000)]
+    small = {row for row in ids if is_sampled(row, 0.1, 0)}
+    large = {row for row in ids if is_sampled(row, 0.3, 0)}
+    other = {row for row in ids if is_sampled(row, 0.1, 1)}
+    assert small < large and small != other
+    # Five standard deviations of a binomial count: a fixed outcome anyway, the bound says it is no accident.
+    assert abs(len(small) - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5
+    assert all(is_sampled(row, 1.0, 0) for row in ids)

@@ -1,0 +1,260 @@
+"""Selection against sorting and walking through plain lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rose_ray.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from rose_ray.kernels.selection import (
+    Budget,
+    SourceRules,
+    budget_count,
+    rank_order,
+    ranks,
+    round_robin,
+    top_k,
+)
+
+NUM_ROWS = 60
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Choose = Callable[..., Any]
+
+
+def _pool(seed: int, num_subtasks: int = 3) -> tuple[Floats, list[str], list[int], list[str]]:
+    """Scores with many ties, ids in no order, token counts and sources."""
+    random = np.random.default_rng(seed)
+    scores = random.integers(-4, 5, (NUM_ROWS, num_subtasks)) / 4.0
+    ids = [f"{number:04x}" for number in random.permutation(5000)[:NUM_ROWS]]
+    tokens = random.integers(1, 30, NUM_ROWS).tolist()
+    sources = [["code", "chat", "math"][place] for place in random.integers(0, 3, NUM_ROWS)]
+    return scores, ids, tokens, sources
+
+
+def _slow_order(scores: list[float], ids: list[str]) -> list[int]:
+    return sorted(range(len(ids)), key=lambda row: (-scores[row], ids[row]))
+
+
+class SlowQuota:
+    """Counts what each source has given; a source that once overshoots is closed."""
+
+    def __init__(self, limit: int, costs: list[int], sources: list[str], rules: SourceRules) -> None:
+        self.limit, self.costs, self.sources, self.rules = limit, costs, sources, rules
+        self.closed: set[str] = set()
+        self.taken: list[int] = []
+
+    def allows(self, row: int) -> bool:
+        name = self.sources[row]
+        mine = [other for other in self.taken if self.sources[other] == name]
+        if (self.rules.include and name not in self.rules.include) or name in self.rules.exclude:
+            return False
+        if len(mine) + 1 > self.rules.max_rows.get(name, len(self.sources)):
+            return False
+        spent = sum(self.costs[other] for other in mine) + self.costs[row]
+        if name in self.rules.max_share and spent > self.rules.max_share[name] * self.limit:
+            self.closed.add(name)
+        return name not in self.closed
+
+    def fits(self, row: int) -> bool:
+        return sum(self.costs[other] for other in self.taken) + self.costs[row] <= self.limit
+
+
+def _slow_round_robin(columns: list[list[float]], ids: list[str], quota: SlowQuota) -> list[int]:
+    orders = [_slow_order(column, ids) for column in columns]
+    turn = 0
+    while len(quota.taken) < len(ids):
+        row = next((r for r in orders[turn % len(orders)] if r not in quota.taken and quota.allows(r)), None)
+        if row is None or not quota.fits(row):
+            break
+        quota.taken.append(row)
+        turn += 1
+    return quota.taken
+
+
+RULES = [
+    SourceRules(),
+    SourceRules(include=["code", "math"]),
+    SourceRules(exclude=["chat"], max_rows={"code": 3}),
+    SourceRules(max_share={"chat": 0.25, "math": 0.5}, max_rows={"math": 4}),
+    SourceRules(max_rows={"chat": 0}, max_share={"code": 0.0}),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    "budget", [Budget(count=1), Budget(count=7), Budget(tokens=30), Budget(tokens=90), Budget(fraction=0.07)]
+)
+def test_both_ways_of_choosing_equal_a_slow_walk(seed: int, rules: SourceRules, budget: Budget) -> None:
+    scores, ids, tokens, sources = _pool(seed)
+    limit = budget.tokens or budget_count(budget, NUM_ROWS)
+    assert limit is not None
+    costs = tokens if budget.tokens else [1] * NUM_ROWS
+    ways: list[tuple[list[list[float]], Choose, Floats]] = [
+        ([scores[:, 0].tolist()], top_k, scores[:, 0]),
+        (scores.T.tolist(), round_robin, scores),
+    ]
+    for columns, choose, given in ways:
+        expected = _slow_round_robin(columns, ids, SlowQuota(limit, costs, sources, rules))
+        chosen = choose(given, ids, budget, num_tokens_N=np.array(tokens), sources=sources, rules=rules)
+        assert chosen.dtype == np.int64 and chosen.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_and_ranks(seed: int) -> None:
+    scores, ids, _, _ = _pool(seed)
+    expected = _slow_order(scores[:, 0].tolist(), ids)
+    assert rank_order(scores[:, 0], ids).tolist() == expected
+    assert [expected.index(row) + 1 for row in range(NUM_ROWS)] == ranks(scores[:, 0], ids).tolist()
+
+
+def test_all_rows_equal_go_by_row_id() -> None:
+    ids = ["b", "a", "é", "Z", "aa"]
+    assert [ids[row] for row in rank_order(np.zeros(5), ids)] == sorted(ids)
+    assert rank_order(np.array([0.0, -0.0, 0.0]), ["c", "b", "a"]).tolist() == [2, 1, 0]
+
+
+def test_pool_order_does_not_matter() -> None:
+    scores, ids, tokens, sources = _pool(11)
+    rules = SourceRules(max_share={"chat": 0.3})
+    shuffle = np.random.default_rng(0).permutation(NUM_ROWS)
+    for budget in (Budget(count=10), Budget(tokens=120)):
+        one = round_robin(scores, ids, budget, num_tokens_N=np.array(tokens), sources=sources, rules=rules)
+        two = round_robin(
+            scores[shuffle],
+            [ids[row] for row in shuffle],
+            budget,
+            num_tokens_N=np.array(tokens)[shuffle],
+            sources=[sources[row] for row in shuffle],
+            rules=rules,
+        )
+        assert [ids[row] for row in one] == [ids[shuffle[row]] for row in two]
+
+
+def test_arrays_and_lists_are_the_same() -> None:
+    scores, ids, _, sources = _pool(5)
+    rules = SourceRules(exclude=["math"])
+    expected = top_k(scores[:, 0], ids, Budget(count=9), sources=sources, rules=rules)
+    for kind in (object, np.str_):
+        ours = top_k(
+            scores[:, 0].astype(np.float32),
+            np.array(ids, dtype=kind),
+            Budget(count=9),
+            sources=np.array(sources, dtype=kind),
+            rules=rules,
+        )
+        assert np.array_equal(ours, expected)
+
+
+def test_one_subtask_takes_turns_with_itself() -> None:
+    scores, ids, _, _ = _pool(6)
+    chosen = round_robin(scores[:, :1], ids, Budget(count=20))
+    assert np.array_equal(chosen, top_k(scores[:, 0], ids, Budget(count=20)))
+
+
+def test_fractions_are_read_as_decimals_and_rounded_down() -> None:
+    cases = [
+        (0.29, 100, 29),
+        (0.05, 43192, 2159),
+        (0.05, 19, 1),
+        (0.001, 10, 1),
+        (1.0, 7, 7),
+        (1e-7, 10**7, 1),
+    ]
+    for fraction, rows, expected in cases:
+        assert budget_count(Budget(fraction=fraction), rows) == expected
+    assert budget_count(Budget(count=12), 5) == 12
+    assert budget_count(Budget(tokens=12), 5) is None
+
+
+def test_fraction_is_of_the_whole_pool() -> None:
+    scores, ids, _, sources = _pool(7)
+    chosen = top_k(
+        scores[:, 0], ids, Budget(fraction=0.1), sources=sources, rules=SourceRules(include=["code"])
+    )
+    assert len(chosen) == NUM_ROWS // 10 and {sources[row] for row in chosen} == {"code"}
+
+
+def test_a_token_budget_stops_at_the_first_row_that_does_not_fit() -> None:
+    scores = np.array([4.0, 3.0, 2.0, 1.0])
+    tokens = np.array([5, 4, 9, 1])
+    ids = ["a", "b", "c", "d"]
+    assert top_k(scores, ids, Budget(tokens=10), num_tokens_N=tokens).tolist() == [0, 1]
+    assert top_k(scores, ids, Budget(tokens=18), num_tokens_N=tokens).tolist() == [0, 1, 2]
+    assert top_k(scores, ids, Budget(tokens=19), num_tokens_N=tokens).tolist() == [0, 1, 2, 3]
+
+
+def _round_robin(scores: Floats, ids: list[str], budget: Budget, **more: Any) -> Any:
+    return round_robin(np.stack([scores, -scores], axis=1), ids, budget, **more)
+
+
+@pytest.mark.parametrize("choose", [top_k, _round_robin])
+def test_budgets_beyond_the_pool_are_refused_with_the_numbers(choose: Choose) -> None:
+    scores, ids, sources = np.array([1.0, 2.0, 3.0]), ["a", "b", "c"], ["x", "x", "y"]
+    tokens = np.array([5, 5, 5])
+    with pytest.raises(ConfigError, match=r"asks for 4 rows, but only 3 .* has 3 rows"):
+        choose(scores, ids, Budget(count=4))
+    with pytest.raises(ConfigError, match=r"asks for 3 rows, but only 2 .* 2 in allowed sources"):
+        choose(scores, ids, Budget(count=3), sources=sources, rules=SourceRules(exclude=["y"]))
+    with pytest.raises(ConfigError, match=r"asks for 3 rows, but only 2 .* quotas leave 2"):
+        choose(scores, ids, Budget(count=3), sources=sources, rules=SourceRules(max_rows={"x": 1}))
+    with pytest.raises(ConfigError, match="asks for 16 tokens, but only 15"):
+        choose(scores, ids, Budget(tokens=16), num_tokens_N=tokens)
+    with pytest.raises(ConfigError, match="4 tokens is smaller than the best row"):
+        choose(scores, ids, Budget(tokens=4), num_tokens_N=tokens)
+    with pytest.raises(ConfigError, match="but only 0"):
+        choose(np.zeros(0), [], Budget(fraction=0.5))
+    assert len(choose(scores, ids, Budget(count=3))) == 3
+
+
+@pytest.mark.parametrize("choose", [top_k, _round_robin])
+def test_input_is_checked(choose: Choose) -> None:
+    scores, ids, sources = np.array([1.0, 2.0, 3.0]), ["a", "b", "c"], ["chat", "chat", "code"]
+    budget = Budget(count=1)
+    with pytest.raises(NonFiniteError, match="1 rows have NaN as their score, first: b"):
+        choose(np.array([1.0, np.nan, 3.0]), ids, budget)
+    with pytest.raises(DataError, match="'a' occurs 2 times"):
+        choose(scores, ["a", "b", "a"], budget)
+    with pytest.raises(ShapeError, match="2 row ids"):
+        choose(scores, ["a", "b"], budget)
+    with pytest.raises(ConfigError, match="did you mean 'chat'"):
+        choose(scores, ids, budget, sources=sources, rules=SourceRules(exclude=["chatt"]))
+    with pytest.raises(ConfigError, match="the pool has"):
+        choose(scores, ids, budget, sources=sources, rules=SourceRules(max_share={"qqq": 0.5}))
+    with pytest.raises(ConfigError, match="sources are not known"):
+        choose(scores, ids, budget, rules=SourceRules(include=["chat"]))
+    with pytest.raises(ShapeError, match="2 sources for 3 rows"):
+        choose(scores, ids, budget, sources=sources[:2])
+    with pytest.raises(ConfigError, match="needs the number of tokens"):
+        choose(scores, ids, Budget(tokens=5))
+    with pytest.raises(ShapeError, match="num_tokens has shape"):
+        choose(scores, ids, Budget(tokens=5), num_tokens_N=np.array([1, 2]))
+    with pytest.raises(DataError, match="no integers above 0"):
+        choose(scores, ids, Budget(tokens=5), num_tokens_N=np.array([1, 0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget(), "nothing"),
+        (lambda: Budget(fraction=0.1, count=3), "expected one of"),
+        (lambda: Budget(fraction=0.0), "fraction is 0.0"),
+        (lambda: Budget(fraction=1.5), "fraction is 1.5"),
+        (lambda: Budget(count=0), "count is 0"),
+        (lambda: Budget(tokens=-5), "tokens is -5"),
+        (lambda: SourceRules(include=["a"], exclude=["a"]), "both included and excluded"),
+        (lambda: SourceRules(max_share={"a": 1.2}), "max_share of source 'a'"),
+        (lambda: SourceRules(max_rows={"a": -1}), "max_rows of source 'a'"),
+    ],
+)
+def test_settings_are_checked(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_round_robin_needs_a_column() -> None:
+    with pytest.raises(ShapeError, match="T at least 1"):
+        round_robin(np.zeros((3, 0)), ["a", "b", "c"], Budget(count=1))
