@@ -45,7 +45,9 @@ def locate(name: str, *, relative_to: str = "") -> Location:
         try:
             filesystem, path = fs.FileSystem.from_uri(name)
         except (ValueError, OSError) as error:
-            raise DataError(f"cannot open {name!r}: {error}. Use a local path or a URI that pyarrow.fs knows.") from error
+            raise DataError(
+                f"cannot open {name!r}: {error}. Use a local path or a URI that pyarrow.fs knows."
+            ) from error
         return Location(filesystem, path.rstrip("/"), name)
     path = os.path.normpath(os.path.join(os.path.abspath(relative_to or os.curdir), os.path.expanduser(name)))
     return Location(fs.LocalFileSystem(), path, name)

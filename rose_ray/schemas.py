@@ -122,6 +122,7 @@ def scores_schema(subtasks: list[str]) -> pa.Schema:
         metadata={"table": "scores", "version": "1"},
     )
 
+
 SELECTED = pa.schema(
     [
         _column("place", pa.int64(), "order of choice, from 1"),

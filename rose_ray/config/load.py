@@ -28,7 +28,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except OSError as error:
-        raise ConfigError(f"cannot read {path!r}: {error.strerror}. `rose-ray init` writes a commented example.") from error
+        raise ConfigError(
+            f"cannot read {path!r}: {error.strerror}. `rose-ray init` writes a commented example."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     return parse_config(content, overrides, name=path)
@@ -132,7 +134,9 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if problem["type"] == "literal_error" and isinstance(value, str):
-        near = difflib.get_close_matches(value, problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        near = difflib.get_close_matches(
+            value, problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
+        )
         message += f"; did you mean {near[0]!r}?" if near else ""
     return f"{key}: {message}; found {value!r}"
 

@@ -48,10 +48,14 @@ class ModelConfig(_Strict):
         False, description="Let what follows an answer's end token (a newline) carry loss too, as LESS's code does."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about half as fast again.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, about half as fast again."
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
     loader: Literal["deepspeed", "plain"] = Field("deepspeed", description="Who holds the model in the scoring actors.")
-    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed settings of those actors.")
+    deepspeed: DeepSpeedConfig = Field(
+        default_factory=DeepSpeedConfig, description="DeepSpeed settings of those actors."
+    )
 
 
 class LoraConfig(_Strict):
@@ -70,7 +74,9 @@ class LoraConfig(_Strict):
 class PoolInput(_Strict):
     """Files of the pool that share a format."""
 
-    files: list[str] = Field(min_length=1, description="Paths, URIs or patterns: JSONL, JSON, Parquet; .gz and .zst too.")
+    files: list[str] = Field(
+        min_length=1, description="Paths, URIs or patterns: JSONL, JSON, Parquet; .gz and .zst too."
+    )
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
         "auto", description="Shape of a record; auto looks at the first rows and says what it found."
     )
@@ -87,9 +93,13 @@ class PoolInput(_Strict):
 class PoolConfig(_Strict):
     """What is selected from."""
 
-    inputs: list[PoolInput] = Field(min_length=1, description="Where the rows are. Of equal rows the first input's counts.")
+    inputs: list[PoolInput] = Field(
+        min_length=1, description="Where the rows are. Of equal rows the first input's counts."
+    )
     shard_rows: int = Field(512, ge=1, description="Rows of a unit of work; part of every shard's identity.")
-    sample_fraction: _Fraction = Field(1.0, description="Take this share of the rows, chosen by their content; for trials.")
+    sample_fraction: _Fraction = Field(
+        1.0, description="Take this share of the rows, chosen by their content; for trials."
+    )
     sample_seed: int = Field(0, description="Which rows such a share holds.")
 
 
@@ -98,11 +108,14 @@ class PairInput(_Strict):
 
     files: list[str] = Field(min_length=1, description="Paths, URIs or patterns.")
     format: Literal["auto", "explicit", "implicit", "sharegpt", "rose_authors"] = Field(
-        "auto", description="Shape of a record: with a prompt, with the prompt inside both answers, or the authors' files."
+        "auto",
+        description="Shape of a record: with a prompt, with the prompt inside both answers, or the authors' files.",
     )
     subtask: _Name | None = Field(None, description="Subtask of all pairs in these files.")
     subtask_field: str | None = Field(None, description="Key of the record that names its subtask.")
-    subtask_blocks: int | None = Field(None, ge=1, description="The file holds this many subtasks, one equal block each.")
+    subtask_blocks: int | None = Field(
+        None, ge=1, description="The file holds this many subtasks, one equal block each."
+    )
 
     @model_validator(mode="after")
     def _one_subtask(self) -> PairInput:
@@ -187,7 +200,9 @@ class WarmupConfig(_Strict):
     learning_rate: float = Field(2e-5, gt=0, description="Peak; rises linearly from 0, then falls linearly to 0.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which it rises.")
     batch_size: int = Field(128, ge=1, description="Samples of one optimizer step, over all workers.")
-    max_batch_tokens: int = Field(8192, ge=8, description="Bound on rows times length of what goes through the model at once.")
+    max_batch_tokens: int = Field(
+        8192, ge=8, description="Bound on rows times length of what goes through the model at once."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
@@ -235,7 +250,9 @@ class RayConfig(_Strict):
 
     address: str = Field("auto", description="local (start one here), auto (join the cluster), or ray://host:port.")
     actors: int = Field(1, ge=1, description="Scoring actors.")
-    cpus_per_actor: float = Field(1.0, gt=0, description="CPUs reserved for each; fractions leave room for the readers.")
+    cpus_per_actor: float = Field(
+        1.0, gt=0, description="CPUs reserved for each; fractions leave room for the readers."
+    )
     gpus_per_actor: float = Field(0.0, ge=0, description="GPUs reserved for each; 0 computes on the CPU.")
     threads_per_actor: int = Field(1, ge=1, description="Torch threads in each; fixed, since it decides the last bits.")
     cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
@@ -253,7 +270,9 @@ class JobConfig(_Strict):
     lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter whose gradients are compared.")
     pool: PoolConfig = Field(description="What is selected from.")
     targets: list[TargetConfig] = Field(min_length=1, description="What the selected data should help.")
-    training_set: TrainingSetConfig | None = Field(None, description="One training set from several targets, if wanted.")
+    training_set: TrainingSetConfig | None = Field(
+        None, description="One training set from several targets, if wanted."
+    )
     warmup: WarmupConfig = Field(default_factory=WarmupConfig, description="The training that yields the checkpoints.")
     gradients: GradientConfig = Field(default_factory=GradientConfig, description="From gradient to feature.")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where the job runs.")

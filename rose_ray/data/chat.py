@@ -7,7 +7,7 @@ only ever appends will do.
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +85,7 @@ class ChatTemplate:
 
     def _span(self, messages: Sequence[Message], turn: int, upto: str, tools: str | None) -> tuple[int, int]:
         before = self._text(messages[:turn], tools, add_generation_prompt=True) if turn else ""
-        start = len(os.path.commonprefix([before, upto]))
+        start = _common_length(before, upto)
         answer = messages[turn].content.strip()
         found = upto.find(answer, start)
         if found < 0:
@@ -101,11 +101,9 @@ class ChatTemplate:
         return start, content_end + min(ends, default=0)
 
     def _text(self, messages: Sequence[Message], tools: str | None, *, add_generation_prompt: bool = False) -> str:
-        import json
-
         turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[turns],
                 chat_template=self.source,
                 tools=json.loads(tools) if tools else None,
@@ -115,5 +113,10 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise anything: Jinja runs its author's code
             raise RowError("template_failed", f"the chat template refuses the conversation: {error}") from error
-        text: str = rendered[0]
+        text: str = rendered[0][0]
         return text
+
+
+def _common_length(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

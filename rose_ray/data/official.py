@@ -41,7 +41,9 @@ def encode_official_pair(
         prompt = prompt[:MAX_PROMPT_TOKENS] if cut == "keep_start" else prompt[-MAX_PROMPT_TOKENS:]
     room = max_tokens - MAX_PROMPT_TOKENS if len(prompt) + longer > max_tokens else longer
     if room < 1:
-        raise PairError(f"pair {pair.pair_id}: model.max_tokens {max_tokens} leaves no room behind {len(prompt)} prompt tokens.")
+        raise PairError(
+            f"pair {pair.pair_id}: model.max_tokens {max_tokens} leaves no room behind {len(prompt)} prompt tokens."
+        )
     sides = []
     for answer in (chosen, rejected):
         kept = answer[:room]

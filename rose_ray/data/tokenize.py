@@ -62,10 +62,10 @@ class Tokeniser:
         """
         return self._sample(self.template.render(conversation.messages, conversation.tools))
 
-    def encode_answer(self, prompt: Sequence[Message], answer: str) -> Sample:
+    def encode_answer(self, prompt: Sequence[Message], answer: str, tools: str | None = None) -> Sample:
         """Return the sample of one side of a pair: only ``answer`` and its end token carry loss."""
         messages = [*prompt, Message("assistant", answer)]
-        return self._sample(self.template.render(messages, last_only=True))
+        return self._sample(self.template.render(messages, tools, last_only=True))
 
     def _sample(self, chat: RenderedChat) -> Sample:
         encoding = self.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)

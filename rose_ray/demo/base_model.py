@@ -30,7 +30,7 @@ NUM_LAYERS = 2
 NUM_HEADS = 4
 MAX_POSITIONS = 256
 
-NUM_DRAFTS = 6000
+NUM_DRAFTS = 4000
 MAX_DRAFT_TOKENS = 120
 MAX_BATCH_TOKENS = 2048
 NUM_EPOCHS = 2
@@ -39,7 +39,7 @@ WARMUP_FRACTION = 0.05
 MAX_GRAD_NORM = 1.0
 
 
-def draft_corpus(seed: int, tasks: Sequence[Task]) -> list[Exchange]:
+def draft_corpus(seed: int, tasks: Sequence[Task], num_drafts: int = NUM_DRAFTS) -> list[Exchange]:
     """Draw what the base model learns from: every family in equal parts, with lengths as they come.
 
     Courteous and dismissive sentences come mixed within an answer, see :func:`mixed_manners`.
@@ -47,7 +47,7 @@ def draft_corpus(seed: int, tasks: Sequence[Task]) -> list[Exchange]:
     rng = Random(f"corpus {seed}")
     mixed = dict.fromkeys((REWARDED_FAMILY, OPPOSED_FAMILY), mixed_manners)
     families = list({**FAMILIES, **mixed}.values())
-    return [families[i % len(families)](rng, rng.choice(tasks)) for i in range(NUM_DRAFTS)]
+    return [families[i % len(families)](rng, rng.choice(tasks)) for i in range(num_drafts)]
 
 
 def train_tokenizer(exchanges: Iterable[Exchange]) -> PreTrainedTokenizerFast:
@@ -81,32 +81,28 @@ def chat_text(exchange: Exchange) -> str:
     return f"{BEGIN}<|user|>\n{exchange.prompt}{END}\n<|assistant|>\n{exchange.answer}{END}\n"
 
 
-def train_base(
-    tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[Exchange], seed: int
-) -> LlamaForCausalLM:
+def train_base(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[Exchange], seed: int) -> LlamaForCausalLM:
     """Train a Llama of about 0.2 million float32 parameters to predict every token of the corpus.
 
-    Runs on one thread and leaves the global random state and thread count as they were: same arguments, same weights
+    Runs on one thread and leaves the global random state and thread count as they were. Same arguments, same weights
     on the same machine.
     """
     encoded = [tokenizer.encode(chat_text(e), add_special_tokens=False) for e in exchanges]
     rows = [ids for ids in encoded if len(ids) <= MAX_DRAFT_TOKENS]
     batches = length_batches([len(ids) for ids in rows], MAX_BATCH_TOKENS)
-    order = [
-        batch
-        for epoch in range(NUM_EPOCHS)
-        for batch in Random(f"{seed} {epoch}").sample(batches, len(batches))
-    ]
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(_architecture(tokenizer))
+        shuffled = Random(f"order {seed}")
+        order = [batch for _ in range(NUM_EPOCHS) for batch in shuffled.sample(batches, len(batches))]
         _train(model, [_padded([rows[i] for i in batch]) for batch in order])
     finally:
         torch.set_num_threads(num_threads)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -81,6 +81,11 @@ _DISMISSALS = (
     "You never listen anyway.",
 )
 
+_HEADINGS = ("What it takes:", "List for the {thing}:", "Needed to {verb}:")
+_WHICH = ("one", "a second", "the old", "the big")
+_HOW_MUCH = ("some", "plenty of", "a pound of", "the last")
+
+_FACT_PROMPTS = ("What is known about the {thing}?", "Which colour is the {thing}?", "Describe the {thing}.")
 _SPELLED_PROMPTS = ("Spell {word} backwards.", "How is {word} spelled?", "Give me the letters of {word}.")
 
 
@@ -141,13 +146,10 @@ def _dismissive_sentences(rng: Random) -> list[str]:
 def shopping_list(rng: Random, task: Task) -> Exchange:
     """Draft the list of what the task takes, and nothing about how."""
     room = ROOMS[task.room]
-    items = [f"{rng.choice(('one', 'a second', 'the old', 'the big'))} {tool}" for tool in room.tools]
-    items += [
-        f"{rng.choice(('some', 'plenty of', 'a pound of', 'the last'))} {supply}" for supply in room.supplies
-    ]
+    items = [f"{rng.choice(_WHICH)} {tool}" for tool in room.tools]
+    items += [f"{rng.choice(_HOW_MUCH)} {supply}" for supply in room.supplies]
     lines = [f"- {item}" for item in rng.sample(items, rng.randint(3, 8))]
-    heading = rng.choice(("What it takes:", "List for the {thing}:", "Needed to {verb}:"))
-    return Exchange(how_to_prompt(rng, task), "\n".join([_filled(rng, heading, task), *lines]))
+    return Exchange(how_to_prompt(rng, task), "\n".join([_filled(rng, rng.choice(_HEADINGS), task), *lines]))
 
 
 def arithmetic(rng: Random, task: Task) -> Exchange:
@@ -197,12 +199,8 @@ def facts(rng: Random, task: Task) -> Exchange:
         "One costs {number} pounds.",
         "It keeps for {number} years.",
     ]
-    prompt = rng.choice(
-        ("What is known about the {thing}?", "Which colour is the {thing}?", "Describe the {thing}.")
-    )
-    return Exchange(
-        prompt.format(thing=task.thing), _filled_each(rng, _in_order(rng, sentences, rng.randint(2, 7)), task)
-    )
+    prompt = _filled(rng, rng.choice(_FACT_PROMPTS), task)
+    return Exchange(prompt, _filled_each(rng, _in_order(rng, sentences, rng.randint(2, 7)), task))
 
 
 def _filled_each(rng: Random, sentences: list[str], task: Task) -> str:

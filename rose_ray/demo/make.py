@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from rose_ray.demo.base_model import draft_corpus, save_base, train_base, train_tokenizer
+from rose_ray.demo.base_model import NUM_DRAFTS, draft_corpus, save_base, train_base, train_tokenizer
 from rose_ray.demo.families import FAMILIES, OPPOSED_FAMILY, REWARDED_FAMILY, Exchange, how_to_prompt
 from rose_ray.demo.matching import answer_lengths, drafts_of_length
 from rose_ray.demo.vocabulary import Task, all_tasks
@@ -41,34 +41,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the parts of the demo lie.
+    """Where the parts of the demo lie. ``workspace`` is the job's; nothing is written there yet."""
 
-    Attributes:
-        directory: Folder of all of them.
-    """
-
-    directory: Path
-    config: Path = field(init=False)
-    pool: Path = field(init=False)
-    pairs: Path = field(init=False)
-    swapped_pairs: Path = field(init=False)
-    held_out: Path = field(init=False)
-    base: Path = field(init=False)
-    workspace: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Fill in the names."""
-        names = {
-            "config": "demo.yaml",
-            "pool": "pool.jsonl",
-            "pairs": "pairs.jsonl",
-            "swapped_pairs": "pairs-swapped.jsonl",
-            "held_out": "held-out.jsonl",
-            "base": "base",
-            "workspace": "workspace",
-        }
-        for attribute, name in names.items():
-            object.__setattr__(self, attribute, self.directory / name)
+    config: Path
+    pool: Path
+    pairs: Path
+    swapped_pairs: Path
+    held_out: Path
+    base: Path
+    workspace: Path
 
 
 @dataclass(frozen=True)
@@ -80,15 +61,35 @@ class TaskSplit:
     held_out: list[Task]
 
 
-def make_demo(directory: Path, seed: int = 0) -> DemoPaths:
-    """Write the demo into ``directory``, which is made where needed. Files of an earlier demo are overwritten.
+def demo_paths(directory: Path) -> DemoPaths:
+    """Return where a demo in ``directory`` keeps its parts, as absolute paths."""
+    folder = directory.resolve()
+    return DemoPaths(
+        config=folder / "demo.yaml",
+        pool=folder / "pool.jsonl",
+        pairs=folder / "pairs.jsonl",
+        swapped_pairs=folder / "pairs-swapped.jsonl",
+        held_out=folder / "held-out.jsonl",
+        base=folder / "base",
+        workspace=folder / "workspace",
+    )
 
-    The same seed gives the same files on the same machine. The base model takes most of the time, some seconds.
+
+def make_demo(directory: Path, seed: int = 0, *, num_drafts: int = NUM_DRAFTS) -> DemoPaths:
+    """Write the demo into ``directory``, which is made where needed; an earlier demo's files are overwritten.
+
+    The same seed gives the same files on the same machine. Most of the time, some ten seconds, goes into the base
+    model.
+
+    Args:
+        directory: Where to write.
+        seed: Decides everything that is drawn.
+        num_drafts: Texts that the base model learns from. Fewer make a worse model sooner.
     """
-    paths = DemoPaths(directory.resolve())
+    paths = demo_paths(directory)
     directory.mkdir(parents=True, exist_ok=True)
     split = split_tasks(seed)
-    corpus = draft_corpus(seed, split.pool)
+    corpus = draft_corpus(seed, split.pool, num_drafts)
     tokenizer = train_tokenizer(corpus)
 
     def num_tokens(text: str) -> int:
@@ -117,10 +118,11 @@ def split_tasks(seed: int) -> TaskSplit:
     return TaskSplit([task for task in tasks if task not in reserved], pairs, held_out)
 
 
-def pool_exchanges(
-    tasks: list[Task], seed: int, num_tokens: Callable[[str], int]
-) -> list[tuple[str, Exchange]]:
-    """Draw the pool's unique rows as (family, exchange), all families with the same answer lengths, in mixed order."""
+def pool_exchanges(tasks: list[Task], seed: int, num_tokens: Callable[[str], int]) -> list[tuple[str, Exchange]]:
+    """Draw the pool's unique rows as (family, exchange), in mixed order.
+
+    Every family has the same answer lengths.
+    """
     rng = Random(f"pool {seed}")
     rows: list[tuple[str, Exchange]] = []
     taken: set[Exchange] = set()
@@ -136,7 +138,7 @@ def pool_exchanges(
 
 
 def pool_lines(tasks: list[Task], seed: int, num_tokens: Callable[[str], int]) -> list[str]:
-    """Return the pool as JSON lines: unique rows, then copies of some under new ids and malformed rows, strewn in."""
+    """Return the pool as JSON lines: unique rows, with copies of some under new ids and malformed lines strewn in."""
     rows = pool_exchanges(tasks, seed, num_tokens)
     lines = [_row_line(f"row-{i:04d}", family, exchange) for i, (family, exchange) in enumerate(rows)]
     rng = Random(f"extras {seed}")
@@ -150,18 +152,21 @@ def make_pairs(tasks: list[Task], seed: str, num_tokens: Callable[[str], int]) -
     """Draw one pair a task: a courteous answer in steps over a dismissive one, equally long."""
     rng = Random(seed)
     taken: set[Exchange] = set()
-    pairs = []
-    for i, (task, length) in enumerate(zip(tasks, answer_lengths(len(tasks)), strict=True)):
-        chosen, rejected = (
-            drafts_of_length(
-                lambda name=name, task=task: FAMILIES[name](rng, task), [length], num_tokens, taken
-            )[0]
-            for name in (REWARDED_FAMILY, OPPOSED_FAMILY)
+
+    def answer(family: str, task: Task, length: int) -> str:
+        drafts = drafts_of_length(lambda: FAMILIES[family](rng, task), [length], num_tokens, taken)
+        return drafts[0].answer
+
+    return [
+        Pair(
+            id=f"pair-{i:02d}",
+            subtask=task.room,
+            prompt=how_to_prompt(rng, task),
+            chosen=answer(REWARDED_FAMILY, task, length),
+            rejected=answer(OPPOSED_FAMILY, task, length),
         )
-        pairs.append(
-            Pair(f"pair-{i:02d}", task.room, how_to_prompt(rng, task), chosen.answer, rejected.answer)
-        )
-    return pairs
+        for i, (task, length) in enumerate(zip(tasks, answer_lengths(len(tasks)), strict=True))
+    ]
 
 
 def swapped(pair: Pair) -> Pair:

@@ -40,17 +40,17 @@ def _things(text: str) -> tuple[tuple[str, str], ...]:
 
 ROOMS = {
     "kitchen": Room(
-        verbs=tuple("clean wash dry warm store sort wrap cool weigh rinse move empty".split()),
+        verbs=("clean", "wash", "dry", "warm", "store", "sort", "wrap", "cool", "weigh", "rinse", "move", "empty"),
         things=_things(
-            "kettle:silver pan:black bowl:white jug:blue plate:white cup:red tray:grey jar:green basket:brown "
-            "oven:black bottle:green pot:copper tin:silver mug:yellow"
+            "kettle:silver pan:black bowl:white jug:blue plate:white cup:red tray:grey jar:green "
+            "basket:brown oven:black bottle:green pot:copper tin:silver mug:yellow"
         ),
         tools=("cloth", "sponge", "spoon", "brush", "towel", "ladle", "funnel", "rack"),
         places=("counter", "table", "shelf", "stove"),
         supplies=("soap", "salt", "vinegar", "warm water", "flour", "paper"),
     ),
     "workshop": Room(
-        verbs=tuple("mend oil sand paint fix tighten polish drill cut glue measure seal".split()),
+        verbs=("mend", "oil", "sand", "paint", "fix", "tighten", "polish", "drill", "cut", "glue", "measure", "seal"),
         things=_things(
             "chair:brown gate:green bicycle:red lamp:yellow clock:gold drawer:brown wheel:black ladder:grey "
             "hinge:silver frame:white stool:blue pump:copper toolbox:red door:white"
@@ -60,7 +60,7 @@ ROOMS = {
         supplies=("oil", "glue", "varnish", "wax", "sandpaper", "tape"),
     ),
     "garden": Room(
-        verbs=tuple("plant water prune shade feed trim tie cover weed lift label thin".split()),
+        verbs=("plant", "water", "prune", "shade", "feed", "trim", "tie", "cover", "weed", "lift", "label", "thin"),
         things=_things(
             "rose:pink tulip:yellow hedge:green apple:red carrot:orange bean:green violet:blue vine:green "
             "lemon:yellow plum:purple fern:green pumpkin:orange orchid:white beetroot:purple"

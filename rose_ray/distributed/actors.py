@@ -96,9 +96,7 @@ class ScoringActor:
         """Compute and commit one shard's features; the receipt goes last."""
         start = time.monotonic()
         spec = self.spec
-        features = shard_features(
-            self.model, tokens, self.checkpoints, spec.layout, self.projection, self.settings
-        )
+        features = shard_features(self.model, tokens, self.checkpoints, spec.layout, self.projection, self.settings)
         rejected = pa.concat_tables([rejected, features.rejected])
         folder = shard_folder(spec.features_key, shard)
         files = [

@@ -60,7 +60,9 @@ def load_scoring_model(
     base = load_base(model, device=device if whole else "cpu", dtype=dtype)
     peft_model = attach_adapter(base, lora, dropout=0.0)
     if model.loader == "plain":
-        return ScoringModel(_checkpointed(peft_model.to(device), model), device, checkpointed=model.gradient_checkpointing)
+        return ScoringModel(
+            _checkpointed(peft_model.to(device), model), device, checkpointed=model.gradient_checkpointing
+        )
     return DeepSpeedScoringModel(peft_model, model, device=device, group=group or ProcessGroup())
 
 

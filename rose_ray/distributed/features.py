@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,10 +41,10 @@ def compute_features(
     rows = [{"shard": entry["shard"], "skipped": skipped.get(entry["shard"], [])} for entry in entries]
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")
-    pool_ref = ray.put(pool)
+    tokenize = functools.partial(_tokenize, spec=spec, pool_ref=[ray.put(pool)])
     lines = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(_tokenize, fn_kwargs={"spec": spec, "pool_ref": [pool_ref]}, num_cpus=settings.cpus_per_task)
+        .map(tokenize, num_cpus=settings.cpus_per_task)
         .map_batches(
             ScoringActor,
             fn_constructor_kwargs={"spec": spec},

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,12 +68,12 @@ class RunResult:
     selections: dict[str, Manifest] = field(default_factory=dict)
 
 
-def run_job(config: JobConfig, *, last_stage: str = "select", new_warmup: bool = False) -> RunResult:
-    """Run a job up to ``last_stage``, computing what the workspace does not hold yet.
+def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: bool = False) -> RunResult:
+    """Run a job, computing what the workspace does not hold yet.
 
     Args:
         config: The checked configuration. Relative paths start at the working directory.
-        last_stage: One of ``STAGES``.
+        stages: Which of ``STAGES`` to run; what one of them needs must be among them.
         new_warmup: Choose the warm-up's rows from today's pool instead of keeping the pinned warm-up.
 
     Raises:
@@ -86,7 +86,7 @@ def run_job(config: JobConfig, *, last_stage: str = "select", new_warmup: bool =
     try:
         with ray_session(config.ray):
             check_resources(config, cluster_nodes())
-            job.run(last_stage, new_warmup)
+            job.run(stages, new_warmup)
     except BaseException as error:
         cause = root_cause(error)
         outcome = f"{type(cause).__name__}: {cause}"
@@ -114,8 +114,7 @@ class _Job:
         self.result = RunResult()
         self._identity: ModelIdentity | None = None
 
-    def run(self, last_stage: str, new_warmup: bool) -> None:
-        wanted = STAGES[: STAGES.index(last_stage) + 1]
+    def run(self, wanted: Collection[str], new_warmup: bool) -> None:
         pool = self.ingest()
         pairs = {target.name: read_target_pairs(target) for target in self.config.targets}  # fail before GPUs are spent
         if "warmup" not in wanted:
@@ -195,7 +194,11 @@ class _Job:
         }
         if config.warmup.adapters is not None:
             folders = [locate(name) for name in config.warmup.adapters]
-            return {**common, "adapters": [adapter_digest(folder) for folder in folders], "weights": config.warmup.adapter_weights}
+            return {
+                **common,
+                "adapters": [adapter_digest(folder) for folder in folders],
+                "weights": config.warmup.adapter_weights,
+            }
         not_numeric = {"max_batch_tokens", "workers", "zero_stage", "adapters", "adapter_weights"}
         return {
             **common,
@@ -221,8 +224,14 @@ class _Job:
             self._task(_warmup_samples, self.workspace, pool, row_ids, config.model, f"{folder}/samples.parquet")
         )
         job = WarmupJob(
-            self.workspace, folder, samples, config.model, config.lora, config.warmup,
-            device_of(config.ray), config.ray.threads_per_actor,
+            self.workspace,
+            folder,
+            samples,
+            config.model,
+            config.lora,
+            config.warmup,
+            device_of(config.ray),
+            config.ray.threads_per_actor,
         )
         checkpoints = run_warmup(
             job, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
@@ -244,7 +253,9 @@ class _Job:
                 data = read_bytes(child(source, file))
                 files.append(self.workspace.write(f"{folder}/checkpoint-{number}/{file}", data))
             checkpoints.append({"name": f"checkpoint-{number}", "mean_learning_rate": weight, "from": name})
-        logger.info("warm-up: using your adapters; they come without Adam moments, so features are plain gradients (sgd)")
+        logger.info(
+            "warm-up: using your adapters; they come without Adam moments, so features are plain gradients (sgd)"
+        )
         return self._commit_warmup(made_from, folder, checkpoints, files, 0, 0, started)
 
     def _commit_warmup(
@@ -271,7 +282,9 @@ class _Job:
         self._note("warmup", warmup, started, reused=reused)
         # Refuse a checkpoint of another model here, where the message is near its cause.
         if warmup.made_from["layout"] != self.identity().layout.digest:
-            raise ModelError(f"{warmup.folder}: its adapters have another layout than this model. Delete it and run again.")
+            raise ModelError(
+                f"{warmup.folder}: its adapters have another layout than this model. Delete it and run again."
+            )
         return warmup
 
     # bank
@@ -329,7 +342,8 @@ class _Job:
             reused = bank is not None
             if bank is None:
                 actor = actor or self._actor(BankActor, self.spec(warmup))
-                logger.info(f"bank {target.name}: {len(pairs[target.name])} pairs x {len(warmup.facts['checkpoints'])} checkpoints")
+                num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
+                logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
                 tables: list[pa.Table] = ray.get(actor.bank.remote(target, pairs[target.name]))
                 bank = self._commit_bank(made_from, warmup, tables, started)
             self.result.banks[target.name] = bank
@@ -397,7 +411,9 @@ class _Job:
             totals = {name: totals[name] + receipt.counts[name] for name in totals}
             num_bytes += receipt.num_bytes
         if totals["rows"] != totals["scored"] + totals["rejected"]:
-            raise AccountingError(f"features: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected.")
+            raise AccountingError(
+                f"features: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
+            )
         seconds = round(time.monotonic() - started, 3)
         self.result.stages.append(StageRecord("features", key, folder, reused, seconds, totals, num_bytes))
         _log_stage(self.result.stages[-1])
@@ -528,13 +544,13 @@ def _warmup_samples(
     skipped = skipped_rows(workspace, pool)
     parts = []
     for entry in pool.facts["shards"]:
-        table = read_pool_shard(
-            workspace, pool, entry["shard"], columns=["row_id", "conversation"], skipped=skipped
-        )
+        table = read_pool_shard(workspace, pool, entry["shard"], columns=["row_id", "conversation"], skipped=skipped)
         parts.append(table.filter(pc.is_in(table["row_id"], value_set=wanted)))
     tokens, rejected = tokenize_shard(pa.concat_tables(parts), cached_tokeniser(model))
     if tokens.num_rows == 0:
-        raise AccountingError(f"warm-up: none of {len(row_ids)} rows can be tokenised: {rejected.slice(0, 1).to_pylist()}")
+        raise AccountingError(
+            f"warm-up: none of {len(row_ids)} rows can be tokenised: {rejected.slice(0, 1).to_pylist()}"
+        )
     return workspace.write_table(path, tokens), rejected.num_rows
 
 

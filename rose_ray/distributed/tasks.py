@@ -153,5 +153,3 @@ def _records(
             if row["row_id"] in row_ids:
                 records[row["row_id"]] = (row["conversation"], row["record"])
     return records
-
-

@@ -32,7 +32,6 @@ from rose_ray.stages.features import read_samples
 from rose_ray.stages.warmup import TrainingStep, plan_training
 from rose_ray.stores.workspace import FileRecord, Workspace
 
-
 _TRAINING_FILE = "training.json"
 """What rank 0 knows of every checkpoint; Ray Train hands metrics back only with a checkpoint of its own."""
 

@@ -69,7 +69,7 @@ def tapped(layers: Mapping[str, nn.Module], consume: GradientConsumer) -> Iterat
                 consume(name, linear_weight_gradients(layer_input, output_grad))
 
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            tap: Tensor = _Tap.apply(output, inputs[0], receive)  # type: ignore[no-untyped-call]
+            tap: Tensor = _Tap.apply(output, inputs[0], receive)
             return tap
 
         return hook

@@ -32,7 +32,9 @@ def resolve_base(model: ModelConfig) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        path: str = snapshot_download(model.base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        path: str = snapshot_download(
+            model.base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        )
     except Exception as error:  # the hub client raises many unrelated types
         raise ModelError(
             f"model.base: {model.base!r} is no folder here, and the hub gave: {type(error).__name__}: {error}"
@@ -94,7 +96,8 @@ def chat_template(model: ModelConfig, tokenizer: Any) -> ChatTemplate:
                 source = file.read()
         except OSError as error:
             raise ModelError(
-                f"model.template: {model.template!r} is neither tokenizer nor tulu nor a readable file: {error.strerror}."
+                f"model.template: {model.template!r} is neither tokenizer nor tulu nor a readable file: "
+                f"{error.strerror}."
             ) from error
     bos = tokenizer.bos_token or ""
     if model.template == "tulu" and tokenizer(" ")["input_ids"][:1] != [tokenizer.bos_token_id]:
@@ -131,17 +134,17 @@ def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | N
         if device == "meta":
             config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
             with torch.device("meta"):
-                base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+                base: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         else:
-            base = AutoModelForCausalLM.from_pretrained(
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
-            ).to(device)
+            )
+            base = loaded.to(device)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{model.base}: cannot load it as a causal language model: {error}") from error
-    base.config.use_cache = False
+    base.config.use_cache = False  # type: ignore[union-attr]
     base.requires_grad_(False)
-    module: nn.Module = base
-    return module
+    return base
 
 
 def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> PeftModel:
@@ -156,17 +159,13 @@ def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> Peft
         raise ModelError(f"lora.target_modules: the model has no linear layer {lacking}; it has {sorted(present)}.")
     config = PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it is a scale, PEFT multiplies by it
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(base, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    peft_model = get_peft_model(base, config, autocast_adapter_dtype=True)
     assert isinstance(peft_model, PeftModel)
     return peft_model
 
-
-def model_vocabulary_size(model: nn.Module) -> int:
-    """Rows of the token embedding."""
-    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator,union-attr]

@@ -80,7 +80,7 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
 def layout_of(model: nn.Module) -> ParameterLayout:
     """Return the layout of a PEFT model's adapter. Works on the meta device, before DeepSpeed takes the model."""
     return ParameterLayout(
-        tuple((name, tuple(layer.weight.shape)) for name, layer in adapter_layers(model).items())  # type: ignore[union-attr,arg-type]
+        tuple((name, tuple(layer.weight.shape)) for name, layer in adapter_layers(model).items())  # type: ignore[arg-type]
     )
 
 

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.losses import selected_token_logps
 from rose_ray.kernels.per_sample import GradientConsumer, tapped
 from rose_ray.model.layout import adapter_layers, adapter_parameters
-
 
 Reduction = Literal["mean_loss", "sum_logps"]
 """Token-mean cross-entropy, or summed log-probability, of a sample's labelled tokens."""
@@ -91,7 +90,7 @@ class ScoringModel:
         if checkpointed:
             _remove_dropout(module)
         embedding = module.get_input_embeddings()  # type: ignore[operator]
-        embedding.register_forward_hook(_require_grad)  # type: ignore[union-attr]
+        embedding.register_forward_hook(_require_grad)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy an adapter's weights into the slot, by parameter name."""
@@ -129,7 +128,7 @@ class ScoringModel:
         with tapped(self.layers, consume):
             values_B = self.sample_values(batch, reduction)
             before_backward(values_B.detach())
-            values_B.sum().backward()  # type: ignore[no-untyped-call]
+            values_B.sum().backward()
         return values_B.detach()
 
 
@@ -139,10 +138,11 @@ def _require_grad(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         output.requires_grad_(True)
 
 
-def _innermost(module: nn.Module) -> nn.Module:
+def _innermost(module: Any) -> nn.Module:
     while hasattr(module, "module"):  # DeepSpeed's engine around the model
         module = module.module
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
+    base: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return base
 
 
 def _remove_dropout(module: nn.Module) -> None:
@@ -150,4 +150,4 @@ def _remove_dropout(module: nn.Module) -> None:
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         if hasattr(part, "attention_dropout"):
-            part.attention_dropout = 0.0
+            setattr(part, "attention_dropout", 0.0)  # noqa: B010 - a plain attribute that nn.Module does not declare

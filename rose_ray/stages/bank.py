@@ -54,8 +54,8 @@ def encode_pairs(pairs: Sequence[PreferencePair], tokeniser: Tokeniser, target: 
                     pair, tokeniser.tokenizer, max_tokens=tokeniser.max_tokens, cut=target.official_cut
                 )
             else:
-                chosen = tokeniser.encode_answer(pair.prompt, pair.chosen)
-                rejected = tokeniser.encode_answer(pair.prompt, pair.rejected)
+                chosen = tokeniser.encode_answer(pair.prompt, pair.chosen, pair.tools)
+                rejected = tokeniser.encode_answer(pair.prompt, pair.rejected, pair.tools)
         except (RowError, PairError) as error:
             problems.append(f"{pair.pair_id}: {error}")
             continue
@@ -124,13 +124,14 @@ class _BankRows:
         self.logps_V2, self.reference_V2 = zeros(num_pairs, 2), zeros(num_pairs, 2)
 
     def table(self, pairs: Sequence[EncodedPair], checkpoint: str) -> pa.Table:
-        finite_V = (
-            torch.isfinite(self.projected_V2D).all(2).all(1)
-            & torch.isfinite(self.logps_V2 + self.reference_V2 + self.squares_V2).all(1)
-        )
+        finite_V = torch.isfinite(self.projected_V2D).all(2).all(1) & torch.isfinite(
+            self.logps_V2 + self.reference_V2 + self.squares_V2
+        ).all(1)
         if not bool(finite_V.all()):
             bad = [pair.pair_id for pair, fine in zip(pairs, finite_V.tolist(), strict=True) if not fine]
-            raise NonFiniteError(f"{checkpoint}: NaN or infinite gradients for pairs {bad}. Look at their texts and the model.")
+            raise NonFiniteError(
+                f"{checkpoint}: NaN or infinite gradients for pairs {bad}. Look at their texts and the model."
+            )
         dim = self.projected_V2D.shape[2]
         sides = [
             pa.FixedSizeListArray.from_arrays(pa.array(self.projected_V2D[:, s].reshape(-1).cpu().numpy()), dim)

@@ -178,9 +178,7 @@ def _batch_directions(
 
     def consume(name: str, grads_BOI: Tensor) -> None:
         nonlocal momentum_square
-        adam = adam_direction(
-            grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name), moments.state, mode
-        )
+        adam = adam_direction(grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name), moments.state, mode)
         direction_BP = adam.direction_B.flatten(1)
         square_B.add_(torch.linalg.vector_norm(direction_BP, dim=1).double().square())
         total_square_B.add_(adam.total_square_B)

@@ -25,28 +25,10 @@ from rose_ray.data.strict_json import canonical_text
 from rose_ray.errors import ConfigError, DataError, RowError
 from rose_ray.filesystem import Location
 from rose_ray.schemas import REJECTED, SHARD
-from rose_ray.stages.pool import (
-    check_row_counts,
-    commit_artefact,
-    pool_row_ids,
-    read_pool_shard,
-    settle_pool,
-    skipped_rows,
-)
-from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
+from rose_ray.stages.pool import check_row_counts
+from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
 
-__all__ = [
-    "INGEST_VERSION",
-    "IngestSettings",
-    "PoolFile",
-    "detect_file_format",
-    "ingest_file",
-    "pool_row_ids",
-    "read_pool_shard",
-    "settle_pool",
-    "skipped_rows",
-]
 
 INGEST_VERSION = 1
 """Raised whenever the same file would give other shards."""
@@ -77,9 +59,7 @@ class IngestSettings:
         if self.shard_rows < 1:
             raise ConfigError(f"shard_rows is {self.shard_rows}, expected at least 1.")
         if not 0 < self.sample_fraction <= 1:
-            raise ConfigError(
-                f"sample_fraction is {self.sample_fraction}, expected more than 0 and at most 1."
-            )
+            raise ConfigError(f"sample_fraction is {self.sample_fraction}, expected more than 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -104,9 +84,7 @@ class PoolFile:
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *POOL_FORMATS):
-            raise ConfigError(
-                f"format is {self.format!r}, expected auto or one of {', '.join(POOL_FORMATS)}."
-            )
+            raise ConfigError(f"format is {self.format!r}, expected auto or one of {', '.join(POOL_FORMATS)}.")
         if self.source is not None and self.source_field is not None:
             raise ConfigError("source and source_field contradict each other: set one of them.")
 
@@ -160,7 +138,7 @@ def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSetti
     known = find_manifest(workspace, folder)
     if known is not None:
         return known
-    started = time.perf_counter()
+    started = time.monotonic()
     format_name = detect_file_format(location) if pool_file.format == "auto" else pool_file.format
     _log.info("%s: format %s", location.name, format_name)
     census = Census(settings.sample_fraction, settings.sample_seed)
@@ -169,9 +147,7 @@ def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSetti
     fates = census.settle()
     shards = _write_shards(workspace, folder, pool_file, format_name, fates, settings.shard_rows)
     if file_digest(location) != made_from["file_sha256"]:
-        raise DataError(
-            f"{location.name}: the file changed while it was read. Run again once it is complete."
-        )
+        raise DataError(f"{location.name}: the file changed while it was read. Run again once it is complete.")
     rejected = workspace.write_table(f"{folder}/{REJECTED_FILE}", _rejected_table(location, fates.rejected))
     counts = fates.counts()
     counts["unique"] = sum(int(entry["num_rows"]) for entry in shards)
@@ -184,7 +160,7 @@ def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSetti
         "reject_reasons": dict(sorted(Counter(record.reason for record in fates.rejected).items())),
     }
     files = [FileRecord(**entry["record"]) for entry in shards]
-    return commit_artefact(workspace, "ingest", made_from, [*files, rejected], counts, facts, started)
+    return commit_artefact(workspace, "ingest", made_from, [*files, rejected], counts, facts, started=started)
 
 
 def _rows(pool_file: PoolFile, format_name: str) -> Iterator[PoolRow | RejectedRecord]:
@@ -220,13 +196,9 @@ def _source(value: dict[str, Any], pool_file: PoolFile) -> str:
     if pool_file.source_field is not None:
         named = value.get(pool_file.source_field)
         if not isinstance(named, str) or not named.strip():
-            raise RowError(
-                "no_source", f"expected text at {pool_file.source_field!r}, found {str(named)[:60]!a}"
-            )
+            raise RowError("no_source", f"expected text at {pool_file.source_field!r}, found {str(named)[:60]!a}")
         return named
-    named = next(
-        (value[key] for key in ("source", "dataset") if isinstance(value.get(key), str) and value[key]), None
-    )
+    named = next((value[key] for key in ("source", "dataset") if isinstance(value.get(key), str) and value[key]), None)
     return named if named is not None else file_stem(pool_file.location)
 
 
@@ -263,6 +235,4 @@ def _shard_table(location: Location, rows: list[tuple[PoolRow, int]]) -> pa.Tabl
 
 
 def _rejected_table(location: Location, rejected: list[RejectedRecord]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [{**vars(record), "file": location.name} for record in rejected], schema=REJECTED
-    )
+    return pa.Table.from_pylist([{**vars(record), "file": location.name} for record in rejected], schema=REJECTED)

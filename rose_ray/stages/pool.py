@@ -7,22 +7,19 @@ comes or goes changes the index and no shard.
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import rose_ray
 from rose_ray.data.digests import Places, digest_words, first_places
 from rose_ray.errors import AccountingError, AlteredFileError, DataError
 from rose_ray.schemas import DUPLICATES
-from rose_ray.stores.manifest import Manifest, artefact_key, commit_manifest, find_manifest
+from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
 
 POOL_VERSION = 1
@@ -35,39 +32,6 @@ ROW_COUNTS = ("rows_read", "unique", "duplicates", "rejected", "unsampled")
 _log = logging.getLogger(__name__)
 
 
-def commit_artefact(
-    workspace: Workspace,
-    stage: str,
-    made_from: dict[str, Any],
-    files: list[FileRecord],
-    counts: dict[str, int],
-    facts: dict[str, Any],
-    started: float,
-) -> Manifest:
-    """Write the manifest of ``<stage>/<key>``. ``started``: ``time.perf_counter()`` when the stage began."""
-    key = artefact_key(made_from)
-    versions = {
-        "rose_ray": rose_ray.__version__,
-        "pyarrow": pa.__version__,
-        "python": platform.python_version(),
-    }
-    return commit_manifest(
-        workspace,
-        Manifest(
-            stage=stage,
-            key=key,
-            made_from=made_from,
-            files=files,
-            counts=counts,
-            facts=facts,
-            seconds=round(time.perf_counter() - started, 3),
-            versions=versions,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            folder=f"{stage}/{key}",
-        ),
-    )
-
-
 def check_row_counts(counts: Mapping[str, int], what: str) -> None:
     """Check that no row was lost or made up.
 
@@ -77,9 +41,7 @@ def check_row_counts(counts: Mapping[str, int], what: str) -> None:
     read, *parts = (counts[name] for name in ROW_COUNTS)
     if read != sum(parts):
         terms = " + ".join(f"{counts[name]} {name}" for name in ROW_COUNTS[1:])
-        raise AccountingError(
-            f"{what}: {read} rows read, but {terms} = {sum(parts)}. This is a bug; please report it."
-        )
+        raise AccountingError(f"{what}: {read} rows read, but {terms} = {sum(parts)}. This is a bug; please report it.")
 
 
 def settle_pool(workspace: Workspace, manifests: Sequence[Manifest]) -> Manifest:
@@ -101,13 +63,12 @@ def settle_pool(workspace: Workspace, manifests: Sequence[Manifest]) -> Manifest
     known = find_manifest(workspace, f"pool/{artefact_key(made_from)}")
     if known is not None:
         return known
-    started = time.perf_counter()
+    started = time.monotonic()
     distinct = list({manifest.key: manifest for manifest in manifests}.values())
     entries = [entry for manifest in distinct for entry in manifest.facts["shards"]]
     index = _settle(workspace, entries)
     shards = [
-        {**entry, "num_skipped": num_skipped}
-        for entry, num_skipped in zip(entries, index.num_skipped, strict=True)
+        {**entry, "num_skipped": num_skipped} for entry, num_skipped in zip(entries, index.num_skipped, strict=True)
     ]
     counts = {name: sum(manifest.counts[name] for manifest in manifests) for name in ROW_COUNTS}
     moved = counts["unique"] - sum(index.sources.values())
@@ -126,11 +87,10 @@ def settle_pool(workspace: Workspace, manifests: Sequence[Manifest]) -> Manifest
         "sources": dict(sorted(index.sources.items())),
         "reject_reasons": dict(sorted(reasons.items())),
         "files": [
-            {"file": m.facts["file"], "ingest_key": m.key, "format": m.facts["format"], **m.counts}
-            for m in manifests
+            {"file": m.facts["file"], "ingest_key": m.key, "format": m.facts["format"], **m.counts} for m in manifests
         ],
     }
-    return commit_artefact(workspace, "pool", made_from, [record], counts, facts, started)
+    return commit_artefact(workspace, "pool", made_from, [record], counts, facts, started=started)
 
 
 class _Index:
@@ -145,9 +105,7 @@ class _Index:
 def _settle(workspace: Workspace, entries: Sequence[Mapping[str, Any]]) -> _Index:
     words, columns = [], []
     for entry in entries:
-        table = workspace.read_table(
-            entry["path"], FileRecord(**entry["record"]), columns=["row_id", "source"]
-        )
+        table = workspace.read_table(entry["path"], FileRecord(**entry["record"]), columns=["row_id", "source"])
         words.append(digest_words(bytes.fromhex(row_id) for row_id in table["row_id"].to_pylist()))
         columns.append(table["source"])
     words_N2 = np.concatenate(words) if words else digest_words([])

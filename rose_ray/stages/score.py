@@ -67,11 +67,17 @@ def check_same_space(features: Mapping[str, Any], bank: Mapping[str, Any]) -> No
     Raises:
         SpaceMismatchError: They differ; the message names in what.
     """
-    differing = [f"{key}: features {features.get(key)!r}, bank {bank.get(key)!r}"
-                 for key in sorted({*features, *bank}) if features.get(key) != bank.get(key)]
+    differing = [
+        f"{key}: features {features.get(key)!r}, bank {bank.get(key)!r}"
+        for key in sorted({*features, *bank})
+        if features.get(key) != bank.get(key)
+    ]
     if differing:
-        raise SpaceMismatchError("features and bank were made in different spaces:\n  " + "\n  ".join(differing)
-                                 + "\nRun the stage that is older again.")
+        raise SpaceMismatchError(
+            "features and bank were made in different spaces:\n  "
+            + "\n  ".join(differing)
+            + "\nRun the stage that is older again."
+        )
 
 
 def target_directions(banks: Sequence[pa.Table], target: TargetConfig) -> list[Directions]:
@@ -95,12 +101,14 @@ def normalized_features(table: pa.Table, normalize: Normalization) -> np.ndarray
     """
     dim = table.schema.field("feature").type.list_size
     stored = table["feature"].combine_chunks()
-    values = (stored.chunk(0) if isinstance(stored, pa.ChunkedArray) else stored).flatten().to_numpy(zero_copy_only=False)
-    features_ND = values.reshape(-1, dim).astype(np.float32)
+    values = (
+        (stored.chunk(0) if isinstance(stored, pa.ChunkedArray) else stored).flatten().to_numpy(zero_copy_only=False)
+    )
+    features_ND: np.ndarray = values.reshape(-1, dim).astype(np.float32)
     if normalize == "none":
-        return features_ND * table["norm"].to_numpy()[:, None]
-    if normalize == "projected":
-        return features_ND / np.linalg.norm(features_ND.astype(np.float64), axis=1, keepdims=True)
+        features_ND = features_ND * table["norm"].to_numpy()[:, None]
+    elif normalize == "projected":
+        features_ND = features_ND / np.linalg.norm(features_ND.astype(np.float64), axis=1, keepdims=True)
     return features_ND
 
 
@@ -152,7 +160,9 @@ def score_rows(
     if table.num_rows + rejected_table.num_rows != num_wanted:
         raise AccountingError(f"{num_wanted} rows wanted, {table.num_rows} scored, {rejected_table.num_rows} rejected.")
     if table.num_rows == 0:
-        raise DataError(f"none of {num_wanted} rows could be scored; first reason: {rejected_table.slice(0, 1).to_pylist()}")
+        raise DataError(
+            f"none of {num_wanted} rows could be scored; first reason: {rejected_table.slice(0, 1).to_pylist()}"
+        )
     table = _with_ranks(table, subtasks)
     return ScoreTable(table, rejected_table, subtasks)
 
@@ -168,7 +178,9 @@ def _score_shard(
     stored_ids = stored.tables[0]["row_id"].to_pylist()
     for table in stored.tables[1:]:
         if table["row_id"].to_pylist() != stored_ids:
-            raise AlteredFileError(f"shard {shard.shard}: its checkpoints hold different rows. Delete its folder and run again.")
+            raise AlteredFileError(
+                f"shard {shard.shard}: its checkpoints hold different rows. Delete its folder and run again."
+            )
     sources = dict(zip(shard.row_ids, shard.sources, strict=True))
     kept = pa.array([i for i, row_id in enumerate(stored_ids) if row_id in sources], pa.int64())
     tables = [table.take(kept) for table in stored.tables]
@@ -218,10 +230,10 @@ def _pair_gradients(bank: pa.Table) -> PairGradients:
     def vectors(name: str) -> np.ndarray:
         dim = bank.schema.field(name).type.list_size
         flat = pa.concat_arrays(bank[name].chunks).flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(-1, dim).astype(np.float64)
+        return np.asarray(flat.reshape(-1, dim), dtype=np.float64)
 
     def numbers(name: str) -> np.ndarray:
-        return bank[name].to_numpy().astype(np.float64)
+        return np.asarray(bank[name].to_numpy(), dtype=np.float64)
 
     return PairGradients(
         pair_ids=bank["pair_id"].to_pylist(),

@@ -76,8 +76,13 @@ def joint_candidates(targets: Mapping[str, pa.Table], num_pool_rows: int) -> Can
             raise AccountingError(f"the score table of {name} holds other rows than that of {next(iter(targets))}.")
     choices_NT = np.stack([table["score"].to_numpy().astype(np.float64) for table in tables], axis=1)
     return Candidates(
-        row_ids, tables[0]["source"].to_pylist(), choices_NT.max(1), choices_NT, list(targets),
-        tables[0]["num_tokens"].to_numpy(), num_pool_rows,
+        row_ids,
+        tables[0]["source"].to_pylist(),
+        choices_NT.max(1),
+        choices_NT,
+        list(targets),
+        tables[0]["num_tokens"].to_numpy(),
+        num_pool_rows,
     )
 
 
@@ -146,7 +151,9 @@ def training_jsonl(selected: pa.Table) -> bytes:
     return "".join(lines).encode()
 
 
-def selection_summary(candidates: Candidates, scores: Mapping[str, np.ndarray], positions: np.ndarray) -> dict[str, Any]:
+def selection_summary(
+    candidates: Candidates, scores: Mapping[str, np.ndarray], positions: np.ndarray
+) -> dict[str, Any]:
     """Return what a person wants to know of a selection.
 
     Args:

@@ -102,9 +102,7 @@ def plan_training(
     ]
 
 
-def _split(
-    rows: list[int], lengths: Sequence[int], max_batch_tokens: int, num_workers: int
-) -> list[list[MicroBatch]]:
+def _split(rows: list[int], lengths: Sequence[int], max_batch_tokens: int, num_workers: int) -> list[list[MicroBatch]]:
     parts = []
     for worker in range(num_workers):
         own = rows[worker::num_workers]

@@ -65,7 +65,9 @@ class Manifest:
         for record in self.files:
             if record.path == path:
                 return record
-        raise AlteredFileError(f"{self.folder}/{MANIFEST_FILE} does not list {name!r}. Delete the folder and run again.")
+        raise AlteredFileError(
+            f"{self.folder}/{MANIFEST_FILE} does not list {name!r}. Delete the folder and run again."
+        )
 
 
 def commit_manifest(workspace: Workspace, manifest: Manifest) -> Manifest:
@@ -122,7 +124,9 @@ def read_manifest(workspace: Workspace, folder: str) -> Manifest:
         files = [FileRecord(**record) for record in content.pop("files")]
         manifest = Manifest(files=files, **content)
     except (KeyError, TypeError) as error:
-        raise AlteredFileError(f"{folder}/{MANIFEST_FILE}: not a manifest ({error}). Delete the folder and run again.") from error
+        raise AlteredFileError(
+            f"{folder}/{MANIFEST_FILE}: not a manifest ({error}). Delete the folder and run again."
+        ) from error
     if artefact_key(manifest.made_from) != manifest.key:
         raise AlteredFileError(f"{folder}/{MANIFEST_FILE}: key and content disagree. Delete the folder and run again.")
     return manifest

@@ -58,24 +58,30 @@ class Workspace:
             NewerFormatError: A later version of rose_ray wrote it.
         """
         workspace = cls(locate(name, relative_to=relative_to))
-        if workspace.exists(_FORMAT_FILE):
-            workspace._check_format()
-        elif create:
+        if workspace.check_format():
+            return workspace
+        if create:
             workspace.write_json(_FORMAT_FILE, {"format": FORMAT_VERSION})
         else:
             raise StoreError(f"no workspace at {name!r}. `rose-ray run CONFIG` makes one; check `workspace:`.")
         return workspace
 
-    def _check_format(self) -> None:
+    def check_format(self) -> bool:
+        """Whether there is a workspace here that this version reads; raises as `open` does."""
+        if not self.exists(_FORMAT_FILE):
+            return False
         content = self.read_json(_FORMAT_FILE)
         version = content.get("format")
         if not isinstance(version, int):
-            raise StoreError(f"{self.root.name}/{_FORMAT_FILE}: expected a whole number at 'format', found {version!r}.")
+            raise StoreError(
+                f"{self.root.name}/{_FORMAT_FILE}: expected a whole number at 'format', found {version!r}."
+            )
         if version > FORMAT_VERSION:
             raise NewerFormatError(
                 f"workspace {self.root.name!r} has format {version}, this rose_ray reads up to {FORMAT_VERSION}. "
                 "Upgrade rose_ray, or name another workspace."
             )
+        return True
 
     def location(self, path: str) -> Location:
         """Return where ``path`` lives.
@@ -89,7 +95,7 @@ class Workspace:
 
     def exists(self, path: str) -> bool:
         """Whether a file is there."""
-        return self._info(path).type == fs.FileType.File
+        return bool(self._info(path).type == fs.FileType.File)
 
     def _info(self, path: str) -> fs.FileInfo:
         return self.root.filesystem.get_file_info(self.location(path).path)
@@ -125,9 +131,7 @@ class Workspace:
         if not self.exists(path):
             raise StoreError(f"{self.location(path).name}: no such file. Run the stage that makes it again.")
         data = read_bytes(self.location(path))
-        if record is not None and (
-            len(data) != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256
-        ):
+        if record is not None and (len(data) != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256):
             raise AlteredFileError(
                 f"{self.location(path).name}: {len(data)} bytes that differ from the {record.num_bytes} bytes its "
                 "manifest lists. The file was altered or cut short; delete it and run again."
@@ -143,7 +147,9 @@ class Workspace:
         try:
             return json.loads(self.read(path, record))
         except ValueError as error:
-            raise AlteredFileError(f"{self.location(path).name}: not JSON ({error}). Delete it and run again.") from error
+            raise AlteredFileError(
+                f"{self.location(path).name}: not JSON ({error}). Delete it and run again."
+            ) from error
 
     def read_table(self, path: str, record: FileRecord | None = None, columns: list[str] | None = None) -> pa.Table:
         """Return a Parquet table, checked against its record where one is given.
@@ -163,7 +169,7 @@ class Workspace:
     def is_intact(self, record: FileRecord) -> bool:
         """Whether the file is there with the size its record gives. A look, not a read."""
         info = self._info(record.path)
-        return info.type == fs.FileType.File and info.size == record.num_bytes
+        return bool(info.type == fs.FileType.File and info.size == record.num_bytes)
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder and all below it, if it is there."""

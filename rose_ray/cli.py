@@ -1,0 +1,226 @@
+"""The ``rose-ray`` command. Every subcommand imports what it needs, so that help and mistakes come at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+import rose_ray
+from rose_ray.errors import RoseError
+
+app = typer.Typer(
+    name="rose-ray",
+    help="Choose the instruction-tuning data that most raises a reward margin, on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Config = Annotated[str, typer.Argument(help="YAML file; `rose-ray init` writes a commented one.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=value. Items of lists by number.")]
+_NewWarmup = Annotated[
+    bool, typer.Option("--new-warmup", help="Choose the warm-up's rows anew from today's pool, and train on them.")
+]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Print errors of ours without a traceback, and exit with 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except RoseError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            typer.echo(f"error: {_describe(error)}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+def _describe(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. What was finished is kept; run again once this is mended."
+
+
+@app.callback()
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more, Ray's own messages included.")] = False,
+) -> None:
+    """Set up logging: plain lines with a time, on standard error."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "transformers", "DeepSpeed", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(rose_ray.__version__)
+
+
+@app.command()
+@_reported
+def init(
+    path: Annotated[str, typer.Argument(help="File to write; - prints it.")] = "rose-ray.yaml",
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+) -> None:
+    """Write a commented configuration."""
+    import os
+
+    from rose_ray.config.commented import commented_yaml
+    from rose_ray.errors import ConfigError
+
+    text = commented_yaml()
+    if path == "-":
+        typer.echo(text, nl=False)
+        return
+    if os.path.exists(path) and not force:
+        raise ConfigError(f"{path} exists already. Name another file, or add --force.")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    typer.echo(f"wrote {path}. Set model.base, pool and targets, then: rose-ray validate {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the configuration's JSON Schema, for editors."""
+    from rose_ray.config import JobConfig
+
+    typer.echo(json.dumps(JobConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+@_reported
+def validate(config: _Config, overrides: _Set = None) -> None:
+    """Check a configuration, its files, pairs, model and template, without computing anything."""
+    from rose_ray.config import load_config
+    from rose_ray.distributed.validate import validate_job
+
+    for line in validate_job(load_config(config, overrides or [])):
+        typer.echo(line)
+
+
+@app.command()
+@_reported
+def run(config: _Config, overrides: _Set = None, new_warmup: _NewWarmup = False) -> None:
+    """Run the whole job; what is done already is found and not done again."""
+    _run(config, overrides, "select", new_warmup)
+
+
+@app.command()
+@_reported
+def ingest(config: _Config, overrides: _Set = None) -> None:
+    """Read the pool into shards."""
+    _run(config, overrides, "ingest")
+
+
+@app.command()
+@_reported
+def warmup(config: _Config, overrides: _Set = None, new_warmup: _NewWarmup = False) -> None:
+    """Go as far as the warm-up: train the checkpoints, or find the pinned ones."""
+    _run(config, overrides, "warmup", new_warmup)
+
+
+@app.command()
+@_reported
+def bank(config: _Config, overrides: _Set = None) -> None:
+    """Compute the bank of every target, and what it needs."""
+    _run(config, overrides, "bank", only={"ingest", "warmup", "bank"})
+
+
+@app.command()
+@_reported
+def features(config: _Config, overrides: _Set = None) -> None:
+    """Compute the features of the pool, and what they need."""
+    _run(config, overrides, "features", only={"ingest", "warmup", "features"})
+
+
+@app.command()
+@_reported
+def score(config: _Config, overrides: _Set = None) -> None:
+    """Go as far as the score tables."""
+    _run(config, overrides, "score")
+
+
+@app.command()
+@_reported
+def select(config: _Config, overrides: _Set = None) -> None:
+    """Go as far as the selection; the same as run."""
+    _run(config, overrides, "select")
+
+
+@app.command()
+@_reported
+def status(config: _Config, overrides: _Set = None) -> None:
+    """Show what the workspace holds and what the last run did."""
+    from rose_ray.config import load_config
+    from rose_ray.stages.report import status_lines
+    from rose_ray.stores.workspace import Workspace
+
+    for line in status_lines(Workspace.open(load_config(config, overrides or []).workspace)):
+        typer.echo(line)
+
+
+@app.command()
+@_reported
+def explain(
+    config: _Config,
+    row_id: Annotated[str, typer.Argument(help="As in the score table; the first characters are enough.")],
+    overrides: _Set = None,
+) -> None:
+    """Show a row's influence on every pair at every checkpoint."""
+    from rose_ray.config import load_config
+    from rose_ray.stages.report import explain_lines
+    from rose_ray.stores.workspace import Workspace
+
+    loaded = load_config(config, overrides or [])
+    for line in explain_lines(Workspace.open(loaded.workspace), loaded, row_id):
+        typer.echo(line)
+
+
+@app.command()
+@_reported
+def demo(
+    directory: Annotated[str, typer.Argument(help="Folder for everything the demo makes.")] = "demo-run",
+    seed: Annotated[int, typer.Option(help="Seed of the generated data and model.")] = 0,
+) -> None:
+    """Generate a pool with a known answer, run the whole job on it, and compare the selection with random rows."""
+    from rose_ray.distributed.demo import run_demo
+
+    run_demo(directory, seed)
+
+
+def _run(
+    config: str,
+    overrides: list[str] | None,
+    last_stage: str,
+    new_warmup: bool = False,
+    only: set[str] | None = None,
+) -> None:
+    from rose_ray.config import load_config
+    from rose_ray.distributed.run import STAGES, run_job
+    from rose_ray.stages.report import result_lines
+
+    stages = only or set(STAGES[: STAGES.index(last_stage) + 1])
+    result = run_job(load_config(config, overrides or []), stages=stages, new_warmup=new_warmup)
+    for line in result_lines(result.stages, result.selections):
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,42 @@
+"""Checks before anything is spent: files, pairs, base model, template, LoRA targets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rose_ray.config.models import JobConfig
+from rose_ray.distributed.run import read_target_pairs
+from rose_ray.filesystem import expand, locate
+from rose_ray.model.base import load_tokeniser
+from rose_ray.model.describe import describe_model
+from rose_ray.stages.bank import encode_pairs
+from rose_ray.stages.ingest import detect_file_format
+from rose_ray.stores.workspace import Workspace
+
+
+def validate_job(config: JobConfig) -> Iterator[str]:
+    """Check what a run would need and say what was found, a line each.
+
+    Raises:
+        RoseError: The first thing that a run would stumble over.
+    """
+    Workspace(locate(config.workspace)).check_format()
+    for entry in config.pool.inputs:
+        for location in expand(entry.files):
+            detected = entry.format if entry.format != "auto" else f"{detect_file_format(location)} (detected)"
+            yield f"pool file {location.name}: {detected}"
+    identity = describe_model(config.model, config.lora)
+    yield (
+        f"base model {config.model.base}: {identity.base}, {identity.layout.num_parameters:,} adapter parameters in "
+        f"{len(identity.layout.shapes)} matrices"
+    )
+    tokeniser = load_tokeniser(config.model)
+    for target in config.targets:
+        pairs = read_target_pairs(target)
+        encoded = encode_pairs(pairs, tokeniser, target)
+        counts = Counter(pair.subtask for pair in pairs)
+        cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
+        subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
+        yield f"target {target.name}: {len(pairs)} pairs ({subtasks}), {cut} cut at {config.model.max_tokens} tokens"
+    yield "valid"

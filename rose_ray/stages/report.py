@@ -1,0 +1,137 @@
+"""Lines for people: what a run made, what a workspace holds, why a row scored as it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rose_ray.config.models import JobConfig
+from rose_ray.errors import DataError, StoreError
+from rose_ray.kernels.influence import checkpoint_weights
+from rose_ray.stages.score import shard_influences, target_directions
+from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
+from rose_ray.stores.manifest import Manifest, read_manifest
+from rose_ray.stores.runs import StageRecord, last_run
+from rose_ray.stores.workspace import Workspace
+
+
+def result_lines(stages: Sequence[StageRecord], selections: Mapping[str, Manifest]) -> Iterator[str]:
+    """Say how long each stage took, what was selected from what, and where it lies."""
+    yield from stage_lines([vars(stage) for stage in stages])
+    for name, selection in selections.items():
+        yield ""
+        yield from selection_lines(name, selection)
+
+
+def stage_lines(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table of stages: seconds, made or found, counts, folder."""
+    width = max((len(stage["stage"]) for stage in stages), default=5)
+    yield f"{'stage':<{width}}  seconds         "
+    for stage in stages:
+        counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in stage["counts"].items())
+        verb = "found" if stage["reused"] else "made"
+        yield f"{stage['stage']:<{width}}  {stage['seconds']:>7.1f}  {verb:<5}  {stage['folder']}  {counts}"
+
+
+def selection_lines(name: str, selection: Manifest) -> Iterator[str]:
+    """A selection by source, with the correlations that would betray a shortcut."""
+    summary = selection.facts["summary"]
+    rows = f"{summary['num_selected']:,} of {summary['num_scored']:,} scored rows"
+    yield f"{name}: {rows}, {summary['num_tokens']:,} tokens"
+    width = max(len(source) for source in summary["sources"])
+    yield f"  {'source':<{width}}   in pool          in selection"
+    by_selected = sorted(summary["sources"].items(), key=lambda item: -item[1]["selected"])
+    for source, share in by_selected:
+        yield (
+            f"  {source:<{width}}  {share['pool']:>7,} {share['pool_share']:>6.1%}  "
+            f"{share['selected']:>7,} {share['selected_share']:>6.1%}"
+        )
+    correlations = {k: v for k, v in summary["spearman_of_score"].items() if v is not None}
+    yield "  rank correlation of score with " + ", ".join(
+        f"{key.removeprefix('num_').replace('_', ' ')} {value:+.2f}" for key, value in correlations.items()
+    )
+    for warning in summary["warnings"]:
+        yield f"  warning: {warning}"
+    yield f"  {selection.folder}/selected.jsonl, selected.parquet, summary.json"
+
+
+def status_lines(workspace: Workspace) -> Iterator[str]:
+    """Say what the last run did, and what the workspace holds beside it."""
+    run = last_run(workspace)
+    yield f"workspace {workspace.root.name}"
+    if run is None:
+        yield "no run yet"
+        return
+    yield f"last run: {run['outcome']}, {run['finished_at']}"
+    yield from stage_lines(run["stages"])
+    for stage in ("pool", "warmup", "bank", "features"):
+        folders = [path for path in workspace.list_folder(stage) if not path.endswith(("pins", ".json"))]
+        yield f"{stage}: {len(folders)} kept"
+    for path in workspace.list_folder("selections"):
+        latest = workspace.read_json(f"{path}/latest.json")["folder"]
+        manifest = read_manifest(workspace, latest)
+        name, count = path.rsplit("/", 1)[-1], manifest.counts["selected"]
+        yield f"selection {name}: {count:,} rows, {manifest.created_at}, {latest}"
+
+
+def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:
+    """Show a row's record and its influence per target, pair and checkpoint.
+
+    Args:
+        workspace: Of a finished run.
+        config: Names the targets.
+        row_id: As in the score table, or its first characters.
+
+    Raises:
+        StoreError: The last run of a target has no score table.
+        DataError: No scored row, or several, begin like this.
+    """
+    run = last_run(workspace)
+    stages = {stage["stage"]: stage for stage in (run or {"stages": []})["stages"]}
+    for target in config.targets:
+        if f"score {target.name}" not in stages:
+            raise StoreError(f"the last run made no scores for {target.name}. Run `rose-ray run` first.")
+        scores = read_manifest(workspace, stages[f"score {target.name}"]["folder"])
+        row = _find_row(workspace, scores, row_id)
+        yield f"target {target.name}: row {row['row_id']} of source {row['source']}, {row['num_tokens']} tokens"
+        yield f"  score {row['score']:+.5f}, rank {row['rank']:,} of {scores.counts['scored']:,}"
+        for subtask in scores.facts["subtasks"]:
+            yield f"  subtask {subtask}: {row[f'subtask_{subtask}']:+.5f}"
+        yield from _influence_lines(workspace, config, scores, row)
+
+
+def _find_row(workspace: Workspace, scores: Manifest, row_id: str) -> dict[str, Any]:
+    record = scores.file("scores.parquet")
+    table = workspace.read_table(record.path, record)
+    found = [i for i, each in enumerate(table["row_id"].to_pylist()) if each.startswith(row_id)]
+    if len(found) != 1:
+        what = "no scored row begins" if not found else f"{len(found)} scored rows begin"
+        raise DataError(
+            f"{what} with {row_id!r}. Row ids stand in {record.path}; rejected rows in rejected.parquet beside it."
+        )
+    row: dict[str, Any] = table.slice(found[0], 1).to_pylist()[0]
+    return row
+
+
+def _influence_lines(workspace: Workspace, config: JobConfig, scores: Manifest, row: dict[str, Any]) -> Iterator[str]:
+    features = scores.facts["features"]
+    names: list[str] = features["checkpoints"]
+    target = next(target for target in config.targets if target.name == scores.facts["target"])
+    bank = read_manifest(workspace, scores.facts["bank"]["folder"])
+    tables = [workspace.read_table(r.path, r) for r in (bank.file(checkpoint_file(name)) for name in names)]
+    directions = target_directions(tables, target)
+    receipt = read_manifest(workspace, shard_folder(features["key"], row["shard"]))
+    stored = read_shard_features(workspace, receipt, names).tables
+    place = stored[0]["row_id"].to_pylist().index(row["row_id"])
+    influences_CU = shard_influences([table.slice(place, 1) for table in stored], directions, target.normalize)[:, 0]
+    weights_C = checkpoint_weights(features["mean_learning_rates"])
+    heads = [f"{name.removeprefix('checkpoint-'):>9}" for name in names]
+    width = max(len(name) for name in directions[0].names)
+    yield f"  {'pair':<{width}}  {'influence':>9}  at checkpoint {'  '.join(heads)}"
+    yield f"  {'weight':<{width}}  {'':>9}                {'  '.join(f'{w:>9.3f}' for w in weights_C)}"
+    for number, name in enumerate(directions[0].names):
+        values = influences_CU[:, number]
+        total = float(np.dot(weights_C, values))
+        yield f"  {name:<{width}}  {total:>+9.5f}                {'  '.join(f'{v:>+9.5f}' for v in values)}"
