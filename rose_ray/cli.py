@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -62,8 +64,12 @@ def main(
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "transformers", "DeepSpeed", "httpx"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process never computes; workers are told their own
+    if verbose:
+        logging.getLogger("rose_ray").setLevel(logging.DEBUG)
+    else:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        for name in ("transformers", "DeepSpeed", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -80,8 +86,6 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
 ) -> None:
     """Write a commented configuration."""
-    import os
-
     from rose_ray.config.commented import commented_yaml
     from rose_ray.errors import ConfigError
 

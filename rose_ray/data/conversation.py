@@ -110,9 +110,7 @@ def validate_conversation(conversation: Conversation) -> None:
         raise RowError("empty_messages", "expected at least a user and an assistant turn, found none")
     for turn, message in enumerate(messages, start=1):
         if message.role not in ROLES:
-            raise RowError(
-                "unknown_role", f"turn {turn} has the role {message.role!a}, expected one of {list(ROLES)}"
-            )
+            raise RowError("unknown_role", f"turn {turn} has the role {message.role!a}, expected one of {list(ROLES)}")
     if all(message.role != "assistant" for message in messages):
         raise RowError("no_assistant_turn", f"expected an answer, found the roles {_roles(messages)}")
     for turn, message in enumerate(messages, start=1):

@@ -147,21 +147,15 @@ def _turn(turn: Any, number: int) -> Message:
     if isinstance(turn, dict) and isinstance(turn.get("from"), str):
         return _from_value(turn, number)
     found = f"an object with {sorted(turn)}" if isinstance(turn, dict) else kind_of(turn)
-    raise RowError(
-        "unknown_schema", f"turn {number}: expected {{role, content}} or {{from, value}}, found {found}"
-    )
+    raise RowError("unknown_schema", f"turn {number}: expected {{role, content}} or {{from, value}}, found {found}")
 
 
 def _from_value(turn: Mapping[str, Any], number: int) -> Message:
     speaker, text = turn["from"], turn.get("value")
     if speaker not in _SHAREGPT_ROLES:
-        raise RowError(
-            "unknown_role", f"turn {number} is from {speaker!a}, expected one of {sorted(_SHAREGPT_ROLES)}"
-        )
+        raise RowError("unknown_role", f"turn {number} is from {speaker!a}, expected one of {sorted(_SHAREGPT_ROLES)}")
     if not isinstance(text, str):
-        raise RowError(
-            "unknown_schema", f"turn {number}: expected a string at 'value', found {kind_of(text)}"
-        )
+        raise RowError("unknown_schema", f"turn {number}: expected a string at 'value', found {kind_of(text)}")
     return Message(_SHAREGPT_ROLES[speaker], text, is_call=speaker == "function_call")
 
 
@@ -181,17 +175,13 @@ def _content_text(content: Any, number: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowError(
-            "unknown_schema", f"turn {number}: expected text at 'content', found {kind_of(content)}"
-        )
+        raise RowError("unknown_schema", f"turn {number}: expected text at 'content', found {kind_of(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else kind_of(part)
         text = (part.get("text") or part.get("value")) if isinstance(part, dict) else None
         if kind != "text" or not isinstance(text, (str, type(None))):
-            raise RowError(
-                "unsupported_content", f"turn {number}: expected parts of type 'text', found {kind!a}"
-            )
+            raise RowError("unsupported_content", f"turn {number}: expected parts of type 'text', found {kind!a}")
         texts.append(text or "")
     return "".join(texts)
 
@@ -215,24 +205,16 @@ def _alpaca_messages(value: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _one_of(value: Mapping[str, Any], *keys: str) -> str | None:
-    filled = [key for key in keys if value.get(key) not in (None, "")] or [
-        k for k in keys if value.get(k) == ""
-    ][:1]
+    filled = [key for key in keys if value.get(key) not in (None, "")] or [k for k in keys if value.get(k) == ""][:1]
     if len(filled) > 1:
-        raise RowError(
-            "unknown_schema", f"expected one of {' and '.join(map(repr, keys))}, found text in both"
-        )
+        raise RowError("unknown_schema", f"expected one of {' and '.join(map(repr, keys))}, found text in both")
     return str(required(value, filled[0], str)) if filled else None
 
 
 def _history(value: Mapping[str, Any]) -> list[Message]:
     messages = []
     for exchange in value.get("history") or []:
-        if not (
-            isinstance(exchange, list)
-            and len(exchange) == 2
-            and all(isinstance(text, str) for text in exchange)
-        ):
+        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
             raise RowError("unknown_schema", "expected 'history' as pairs of question and answer")
         messages += [Message("user", exchange[0]), Message("assistant", exchange[1])]
     return messages
@@ -241,7 +223,5 @@ def _history(value: Mapping[str, Any]) -> list[Message]:
 def _advice(value: Mapping[str, Any]) -> str:
     if {"chosen", "rejected"} <= set(value):
         return "These look like preference pairs, which belong under `targets`."
-    known = "; ".join(
-        f"{name}: {' or '.join('+'.join(sorted(s)) for s in sets)}" for name, sets in _KEY_SETS.items()
-    )
+    known = "; ".join(f"{name}: {' or '.join('+'.join(sorted(s)) for s in sets)}" for name, sets in _KEY_SETS.items())
     return f"Formats and their keys: {known}. Set `format:` to choose one, or convert the file."

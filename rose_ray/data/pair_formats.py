@@ -134,14 +134,10 @@ def _implicit(value: Mapping[str, Any]) -> PairContent:
 
 def _same_prompt(chosen: Any, rejected: Any) -> None:
     if chosen != rejected:
-        raise RowError(
-            "different_prompts", "the two sides differ before their last answer; expected one prompt"
-        )
+        raise RowError("different_prompts", "the two sides differ before their last answer; expected one prompt")
 
 
-def _content(
-    value: Mapping[str, Any], prompt: tuple[Message, ...], raw_prompt: str, is_raw: bool
-) -> PairContent:
+def _content(value: Mapping[str, Any], prompt: tuple[Message, ...], raw_prompt: str, is_raw: bool) -> PairContent:
     raw_chosen, raw_rejected = (_answer(value, key, prompt, raw_prompt) for key in ("chosen", "rejected"))
     chosen, rejected = (text.strip() if is_raw else text for text in (raw_chosen, raw_rejected))
     return PairContent(prompt, chosen, rejected, raw_prompt, raw_chosen, raw_rejected, _tools(value))

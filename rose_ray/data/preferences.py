@@ -143,11 +143,7 @@ def check_pairs(pairs: Sequence[PreferencePair], *, target: str, places: Sequenc
         "share an id with a pair of other content or subtask": clashing,
         "stand twice": repeated,
     }
-    found = [
-        f"{len(ids)} of {len(pairs)} pairs {problem}: {_listed(ids)}"
-        for problem, ids in problems.items()
-        if ids
-    ]
+    found = [f"{len(ids)} of {len(pairs)} pairs {problem}: {_listed(ids)}" for problem, ids in problems.items() if ids]
     if found:
         raise PairError(f"target {target}: {'; '.join(found)}. Remove or mend them.")
 
@@ -191,9 +187,7 @@ def _file_records(location: Location, format_name: str) -> list[_Record]:
     if problems:
         more = f"\n  ... and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else ""
         listed = "\n  ".join(problems[:_NUM_LISTED])
-        raise PairError(
-            f"{location.name}: {len(problems)} rows are no usable pairs:\n  {listed}{more}\nMend the file."
-        )
+        raise PairError(f"{location.name}: {len(problems)} rows are no usable pairs:\n  {listed}{more}\nMend the file.")
     if len(formats) > 1:
         found = " and ".join(f"{name} (row {place})" for name, place in formats.items())
         raise PairError(f"{location.name}: expected pairs of one format, found {found}. Split the file.")
@@ -208,9 +202,7 @@ def _entries(location: Location, format_name: str) -> Iterator[tuple[int, Any, s
             yield from _authors_entries(location, text)
             return
     if format_name == "rose_authors":
-        raise PairError(
-            f"{location.name}: format rose_authors is a .json file with one object, prompt -> answers."
-        )
+        raise PairError(f"{location.name}: format rose_authors is a .json file with one object, prompt -> answers.")
     for record in iter_records(location):
         yield record.place, record if isinstance(record, RejectedRecord) else record.value, None
 
@@ -219,9 +211,7 @@ def _authors_entries(location: Location, text: str) -> Iterator[tuple[int, Any, 
     try:
         content = parse_object(text)
     except RowError as error:
-        raise PairError(
-            f"{location.name}: {error}. Expected one object, prompt -> answers, or an array."
-        ) from error
+        raise PairError(f"{location.name}: {error}. Expected one object, prompt -> answers, or an array.") from error
     for place, (prompt, entry) in enumerate(content.items(), start=1):
         if isinstance(entry, dict):
             yield place, {**entry, "prompt": prompt}, "rose_authors"
@@ -285,9 +275,7 @@ def _by_file(file: Location, subtasks: Mapping[str, str], target: str) -> str:
     for name in (file.name, file_stem(file)):
         if name in subtasks:
             return subtasks[name]
-    raise ConfigError(
-        f"target {target}: no subtask for {file.name!r}; subtasks_by_file names {sorted(subtasks)}."
-    )
+    raise ConfigError(f"target {target}: no subtask for {file.name!r}; subtasks_by_file names {sorted(subtasks)}.")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -162,9 +162,7 @@ def _opened(location: Location, compression: str | None) -> Iterator[io.Buffered
     except OSError as error:
         if compression is None:
             raise
-        raise DataError(
-            f"{location.name}: cut short or not {compression} ({error}). Fetch the file again."
-        ) from error
+        raise DataError(f"{location.name}: cut short or not {compression} ({error}). Fetch the file again.") from error
 
 
 def _jsonl_records(location: Location, compression: str | None) -> Iterator[RawRecord | RejectedRecord]:
@@ -227,18 +225,14 @@ def _parquet_batches(location: Location) -> Iterator[pa.RecordBatch]:
     except FileNotFoundError as error:
         raise DataError(f"{location.name}: no such file. Check the path.") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{location.name}: not a readable Parquet file ({error}). Fetch or write it again."
-        ) from error
+        raise DataError(f"{location.name}: not a readable Parquet file ({error}). Fetch or write it again.") from error
 
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
-        return (
-            value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity"}.get(str(value), "-Infinity")
-        )
+        return value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity"}.get(str(value), "-Infinity")
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

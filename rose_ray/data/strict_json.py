@@ -70,9 +70,7 @@ def iter_array(text: str) -> Iterator[tuple[str, Any]]:
         end = _skip_space(text, end)
         mark = text[end : end + 1]
         if mark not in (",", "]"):
-            raise RowError(
-                "not_json", f"expected ',' or ']' {_position(text, end)}, found {mark or 'the end'!r}"
-            )
+            raise RowError("not_json", f"expected ',' or ']' {_position(text, end)}, found {mark or 'the end'!r}")
         closed = mark == "]"
         position = end if closed else _skip_space(text, end + 1)
     rest = _skip_space(text, position + 1)

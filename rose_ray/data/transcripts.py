@@ -55,9 +55,7 @@ def split_answer(text: str) -> tuple[str, str]:
     """
     cut = text.rfind(ANSWER_MARK) + len(ANSWER_MARK)
     if not is_transcript(text) or cut < len(ANSWER_MARK):
-        raise RowError(
-            "unknown_schema", f"expected a transcript with 'Human:' and 'Assistant:', found {text[:40]!a}"
-        )
+        raise RowError("unknown_schema", f"expected a transcript with 'Human:' and 'Assistant:', found {text[:40]!a}")
     return text[:cut], text[cut:]
 
 

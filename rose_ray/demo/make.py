@@ -13,6 +13,9 @@ from rose_ray.demo.families import FAMILIES, OPPOSED_FAMILY, REWARDED_FAMILY, Ex
 from rose_ray.demo.matching import answer_lengths, drafts_of_length
 from rose_ray.demo.vocabulary import Task, all_tasks
 
+TARGET = "courteous"
+SWAPPED_TARGET = "swapped"
+
 ROWS_PER_FAMILY = 200
 NUM_DUPLICATES = 12
 SUBTASKS = ("kitchen", "workshop")
@@ -221,8 +224,11 @@ warmup:
 gradients:
   projection:
     dim: 1024
+  max_batch_tokens: 2048
 ray:
   address: local
+  actors: 1
+  cpus_per_actor: 1
 """
 
 

@@ -12,6 +12,7 @@ import ray
 from rose_ray.config.models import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
 from rose_ray.distributed.progress import Progress
+from rose_ray.distributed.session import is_verbose
 from rose_ray.stores.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ def compute_features(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = settings.stall_seconds
+    context.verbose_progress = False
+    if not is_verbose():
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level once it is imported
     rows = [{"shard": entry["shard"], "skipped": skipped.get(entry["shard"], [])} for entry in entries]
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +26,10 @@ class Progress:
         stage: What is running.
         total: Units in all.
         unit: What is counted, in the plural.
-        quiet: Say nothing: for all workers but one.
     """
 
-    def __init__(self, stage: str, total: int, unit: str, *, quiet: bool = False) -> None:
-        self.stage, self.total, self.unit, self.quiet = stage, total, unit, quiet
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
         self.done = 0
         self._start = self._last = time.monotonic()
         self._inline = sys.stderr.isatty()
@@ -34,7 +39,7 @@ class Progress:
         self.done += count
         now = time.monotonic()
         finished = self.done >= self.total
-        if self.quiet or not (finished or now - self._last >= (0.5 if self._inline else _SECONDS_BETWEEN_LINES)):
+        if not (finished or now - self._last >= (0.5 if self._inline else _SECONDS_BETWEEN_LINES)):
             return
         self._last = now
         line = self._line(now - self._start, note)
@@ -55,3 +60,46 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _Board:
+    """A Ray actor between workers that report and the driver that shows: Ray Train's driver only waits."""
+
+    def __init__(self) -> None:
+        self.total, self.done, self.note = 0, 0, ""
+
+    def set_total(self, total: int) -> None:
+        self.total = total
+
+    def advance(self, count: int, note: str) -> None:
+        self.done, self.note = self.done + count, note
+
+    def read(self) -> tuple[int, int, str]:
+        return self.total, self.done, self.note
+
+
+@contextmanager
+def shown_progress(stage: str, unit: str) -> Iterator[Any]:
+    """Give workers a board to report to (``set_total``, ``advance``), and show what stands on it."""
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    finished = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, stage, unit, finished), daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        finished.set()
+        watcher.join()
+        ray.kill(board)
+
+
+def _watch(board: Any, stage: str, unit: str, finished: threading.Event) -> None:
+    progress: Progress | None = None
+    last = False
+    while not last:
+        last = finished.wait(0.5)  # read once more after the end: the last report counts
+        total, done, note = ray.get(board.read.remote())
+        if total and progress is None:
+            progress = Progress(stage, total, unit)
+        if progress is not None and done > progress.done:
+            progress.advance(done - progress.done, note)

@@ -14,6 +14,11 @@ from rose_ray.config.models import RayConfig
 from rose_ray.errors import ResourceError, RoseError
 
 
+def is_verbose() -> bool:
+    """Whether Ray's own messages are wanted: ``--verbose`` sets our logger to DEBUG. Ray resets its own at import."""
+    return logging.getLogger("rose_ray").isEnabledFor(logging.DEBUG)
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Join the cluster that ``config.address`` names, or start one here; leave it as it was found.
@@ -27,15 +32,16 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    verbose = is_verbose()
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when Ray's native part starts in this process
     address = None if config.address == "local" else config.address
     try:
         ray.init(
             address="local" if address is None else address,
             include_dashboard=True if address is None else None,  # Ray Train asks its state API
-            logging_level=logging.WARNING,
-            log_to_driver=True,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,  # workers' lines are in Ray's logs; errors come back as exceptions
             runtime_env={"env_vars": worker_environment(config)},
         )
     except (ConnectionError, RuntimeError) as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from rose_ray.config.models import LoraConfig, ModelConfig, WarmupConfig
 from rose_ray.distributed.engine import import_deepspeed
-from rose_ray.distributed.progress import Progress
+from rose_ray.distributed.progress import shown_progress
 from rose_ray.errors import NonFiniteError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import (
@@ -46,6 +45,7 @@ class WarmupJob:
         samples_file: Tokenised samples (schema ``TOKENS``), relative to the workspace.
         device: ``cpu`` or ``cuda``.
         threads: Torch threads of each worker.
+        board: Where rank 0 reports its progress; see `shown_progress`.
     """
 
     workspace: Workspace
@@ -56,6 +56,7 @@ class WarmupJob:
     warmup: WarmupConfig
     device: str
     threads: int
+    board: Any = None
 
 
 def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float) -> list[dict[str, Any]]:
@@ -73,10 +74,13 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
     from rose_ray.distributed.session import root_cause
 
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
-    with tempfile.TemporaryDirectory(prefix="rose-ray-train-") as storage:
+    with (
+        tempfile.TemporaryDirectory(prefix="rose-ray-train-") as storage,
+        shown_progress("warm-up", "samples") as board,
+    ):
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job},
+            train_loop_config={"job": replace(job, board=board)},
             scaling_config=ScalingConfig(
                 num_workers=job.warmup.workers, use_gpu=job.device == "cuda", resources_per_worker=resources
             ),
@@ -107,8 +111,6 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     job: WarmupJob = config["job"]
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     context = ray.train.get_context()
     torch.set_num_threads(job.threads)
     trainer = _Trainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
@@ -148,7 +150,7 @@ class _Trainer:
         self.optimizer = _adam(self.model, settings)
         self.engine = _engine(self.model, self.optimizer, job)
         self.num_updates = 0
-        self.progress = Progress("warm-up", sum(step.num_samples for step in self.steps), "samples", quiet=rank != 0)
+        self._report("set_total", sum(step.num_samples for step in self.steps))
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Take the epoch's steps and write its checkpoint."""
@@ -193,8 +195,12 @@ class _Trainer:
                 "or look at the base model's weights and `model.dtype`."
             )
         self.num_updates += 1
-        self.progress.advance(step.num_samples, note=f"loss {total.item() / step.num_samples:.3f}")
+        self._report("advance", step.num_samples, f"loss {total.item() / step.num_samples:.3f}")
         return total.item()
+
+    def _report(self, method: str, *arguments: Any) -> None:
+        if self.rank == 0 and self.job.board is not None:
+            getattr(self.job.board, method).remote(*arguments)
 
     def _moments(self, key: str) -> dict[str, Tensor]:
         parameters = adapter_parameters(self.model)

@@ -149,10 +149,7 @@ def _denominator(grads_B: Tensor, exp_avg_sq: Tensor, state: AdamState) -> Tenso
     """``sqrt(v' / (1 - b2**t)) + eps``, the roots taken apart as torch does."""
     correction = 1.0 - state.adam_beta2 ** (state.num_updates + 1)
     return (
-        _second_moment(grads_B, exp_avg_sq, state.adam_beta2)
-        .sqrt_()
-        .div_(math.sqrt(correction))
-        .add_(state.adam_eps)
+        _second_moment(grads_B, exp_avg_sq, state.adam_beta2).sqrt_().div_(math.sqrt(correction)).add_(state.adam_eps)
     )
 
 

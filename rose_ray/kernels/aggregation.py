@@ -72,9 +72,7 @@ def aggregate_scores(subtask_scores_NT: NDArray[Any], mode: ScoreMode = "max") -
     """
     _check_mode("score aggregation", mode, get_args(ScoreMode))
     if subtask_scores_NT.ndim != 2 or subtask_scores_NT.shape[1] == 0:
-        raise ShapeError(
-            f"subtask scores have shape {subtask_scores_NT.shape}; expected [N, T], T at least 1"
-        )
+        raise ShapeError(f"subtask scores have shape {subtask_scores_NT.shape}; expected [N, T], T at least 1")
     scores_NT = subtask_scores_NT.astype(np.float64)
     if mode == "max":
         best_N: NDArray[np.float64] = scores_NT.max(axis=1)

@@ -81,9 +81,7 @@ def _blockwise_logps(logits_KV: Tensor, targets_K: Tensor, num_rows: int) -> Ten
 
 def _upcast_logps(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     """Log-probabilities of one block; the float32 copy is made again for the backward pass, not kept."""
-    logps: Tensor = checkpoint(
-        _target_logps, logits_RV, targets_R, use_reentrant=False, preserve_rng_state=False
-    )
+    logps: Tensor = checkpoint(_target_logps, logits_RV, targets_R, use_reentrant=False, preserve_rng_state=False)
     return logps
 
 

@@ -101,9 +101,7 @@ def make_projection(
     if not 0 <= seed < _MAX_SEED:
         raise ConfigError(f"projection seed is {seed}; expected 0 to {_MAX_SEED - 1}")
     if num_parameters > _MAX_PARAMETERS:
-        raise ConfigError(
-            f"num_parameters is {num_parameters}; random projections index at most {_MAX_PARAMETERS}"
-        )
+        raise ConfigError(f"num_parameters is {num_parameters}; random projections index at most {_MAX_PARAMETERS}")
     if kind == "rademacher":
         return RademacherProjection(dim, seed, num_parameters)
     return SketchProjection(dim, seed, num_parameters, table_cache_bytes)
@@ -205,9 +203,7 @@ def _check_slice(projection: Projection, out_BD: Tensor, offset: int, values_Bn:
         raise ShapeError(f"values have shape {tuple(values_Bn.shape)}; expected [{out_BD.shape[0]}, n]")
     stop = offset + values_Bn.shape[1]
     if offset < 0 or stop > projection.num_parameters:
-        raise ShapeError(
-            f"slice {offset} to {stop} leaves the parameter vector of {projection.num_parameters} numbers"
-        )
+        raise ShapeError(f"slice {offset} to {stop} leaves the parameter vector of {projection.num_parameters} numbers")
     if out_BD.dtype not in (torch.float32, torch.float64):
         raise NumericsError(f"out is {out_BD.dtype}; expected float32 or float64")
 

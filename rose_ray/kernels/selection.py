@@ -276,9 +276,7 @@ class _Purse:
                 f"leave {len(chosen)}; lower the budget or loosen the source rules"
             )
         if not len(chosen):
-            raise ConfigError(
-                f"the budget of {self.limit} {self.unit} is smaller than the best row; raise the budget"
-            )
+            raise ConfigError(f"the budget of {self.limit} {self.unit} is smaller than the best row; raise the budget")
 
 
 def _rank_order(scores_N: NDArray[Any], ids: list[Any]) -> Positions:

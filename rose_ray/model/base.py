@@ -168,4 +168,3 @@ def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> Peft
     peft_model = get_peft_model(base, config, autocast_adapter_dtype=True)
     assert isinstance(peft_model, PeftModel)
     return peft_model
-

@@ -29,7 +29,6 @@ from rose_ray.stages.pool import check_row_counts
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
 
-
 INGEST_VERSION = 1
 """Raised whenever the same file would give other shards."""
 
