@@ -32,24 +32,29 @@ class Progress:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = 0
         self._start = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first units came, and how many: start-up is no rate
         self._inline = sys.stderr.isatty()
 
     def advance(self, count: int, note: str = "") -> None:
         """Count ``count`` more units as done."""
         self.done += count
         now = time.monotonic()
+        self._first = self._first or (now, self.done)
         finished = self.done >= self.total
         if not (finished or now - self._last >= (0.5 if self._inline else _SECONDS_BETWEEN_LINES)):
             return
         self._last = now
-        line = self._line(now - self._start, note)
+        line = self._line(now, note)
         if self._inline:
             print(f"\r\x1b[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
         else:
             logger.info(line)
 
-    def _line(self, seconds: float, note: str) -> str:
-        rate = self.done / seconds if seconds > 0 else 0.0
+    def _line(self, now: float, note: str) -> str:
+        seconds = now - self._start
+        assert self._first is not None
+        since, before = self._first if now > self._first[0] else (self._start, 0)
+        rate = (self.done - before) / (now - since) if now > since else 0.0
         left = (self.total - self.done) / rate if rate else 0.0
         ending = f"{_clock(left)} left" if self.done < self.total else f"took {_clock(seconds)}"
         extra = f", {note}" if note else ""

@@ -30,6 +30,7 @@ from rose_ray.distributed.warmup import WarmupJob, run_warmup
 from rose_ray.errors import AccountingError, ModelError, RoseError
 from rose_ray.filesystem import child, expand, locate, read_bytes
 from rose_ray.kernels.projection import make_projection
+from rose_ray.model.base import with_absolute_paths
 from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_digest, check_adapter_config
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.stages.bank import BANK_VERSION
@@ -81,7 +82,7 @@ def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: 
     """
     workspace = Workspace.open(config.workspace, create=True)
     _say_changes(workspace, config)
-    job = _Job(workspace, config)
+    job = _Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
     outcome = "finished"
     try:
         with ray_session(config.ray):

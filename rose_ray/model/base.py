@@ -42,6 +42,16 @@ def resolve_base(model: ModelConfig) -> str:
     return path
 
 
+def with_absolute_paths(model: ModelConfig) -> ModelConfig:
+    """Return the configuration with its local paths made absolute: workers run in folders of their own."""
+    absolute = {
+        name: os.path.abspath(value)
+        for name, value in (("base", model.base), ("template", model.template))
+        if os.path.exists(value)
+    }
+    return model.model_copy(update=absolute)
+
+
 def base_digest(folder: str) -> str:
     """Return 16 hex digits that stand for the base model's weights and configuration.
 

@@ -28,7 +28,7 @@ def result_lines(stages: Sequence[StageRecord], selections: Mapping[str, Manifes
 def stage_lines(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A table of stages: seconds, made or found, counts, folder."""
     width = max((len(stage["stage"]) for stage in stages), default=5)
-    yield f"{'stage':<{width}}  seconds         "
+    yield f"{'stage':<{width}}  seconds"
     for stage in stages:
         counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in stage["counts"].items())
         verb = "found" if stage["reused"] else "made"
