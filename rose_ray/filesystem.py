@@ -55,7 +55,8 @@ def locate(name: str, *, relative_to: str = "") -> Location:
 
 def child(parent: Location, *parts: str) -> Location:
     """Return the location ``parent/parts...``."""
-    return Location(parent.filesystem, posixpath.join(parent.path, *parts), posixpath.join(parent.name, *parts))
+    name, _, _ = parent.name.partition("?")  # a URI's options say how to reach it, not where it is
+    return Location(parent.filesystem, posixpath.join(parent.path, *parts), posixpath.join(name, *parts))
 
 
 def expand(patterns: Sequence[str], *, relative_to: str = "") -> list[Location]:
@@ -69,9 +70,14 @@ def expand(patterns: Sequence[str], *, relative_to: str = "") -> list[Location]:
     files: dict[str, Location] = {}
     for pattern in patterns:
         location = locate(pattern, relative_to=relative_to)
-        for match in _matches(location) if _GLOB_CHARACTERS & set(pattern) else [_existing(location)]:
+        for match in _matches(location) if _is_pattern(location) else [_existing(location)]:
             files.setdefault(match.path, match)
     return list(files.values())
+
+
+def _is_pattern(location: Location) -> bool:
+    # A file whose own name holds brackets is a file.
+    return bool(_GLOB_CHARACTERS & set(location.path)) and not location.filesystem.get_file_info(location.path).is_file
 
 
 def _existing(location: Location) -> Location:
@@ -97,7 +103,8 @@ def _matches(location: Location) -> list[Location]:
     )
     if not matches:
         raise DataError(f"pattern {location.name!r} matches no file (looked under {'/'.join(fixed)!r}).")
-    return [Location(location.filesystem, path, path) for path in matches]
+    scheme, separator, _ = location.name.rpartition("://") if "://" in location.name else ("", "", "")
+    return [Location(location.filesystem, path, f"{scheme}{separator}{path}") for path in matches]
 
 
 def _path_matches(path: list[str], pattern: list[str]) -> bool:

@@ -117,9 +117,10 @@ class _Job:
 
     def run(self, wanted: Collection[str], new_warmup: bool) -> None:
         pool = self.ingest()
-        pairs = {target.name: read_target_pairs(target) for target in self.config.targets}  # fail before GPUs are spent
         if "warmup" not in wanted:
             return
+        # Read now what is needed later: a bad pair is said before GPUs are spent.
+        pairs = {target.name: read_target_pairs(target) for target in self.config.targets}
         warmup = self.warm_up(pool, new_warmup)
         if "bank" in wanted:
             self.banks(warmup, pairs)
@@ -404,18 +405,20 @@ class _Job:
         self, pool: Manifest, key: str, folder: str, skipped: dict[str, list[str]], started: float, *, reused: bool
     ) -> None:
         totals = {"rows": 0, "scored": 0, "rejected": 0}
-        num_bytes = 0
+        rows_cut = num_bytes = 0
         for entry in pool.facts["shards"]:
             receipt = find_shard(self.workspace, key, entry["shard"], skipped.get(entry["shard"], []))
             if receipt is None or receipt.counts["rows"] < entry["num_rows"] - entry["num_skipped"]:
                 raise AccountingError(f"features: shard {entry['shard']} is not complete. Run again.")
             totals = {name: totals[name] + receipt.counts[name] for name in totals}
+            rows_cut += receipt.facts["num_rows_cut"]
             num_bytes += receipt.num_bytes
         if totals["rows"] != totals["scored"] + totals["rejected"]:
             raise AccountingError(
                 f"features: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
             )
         seconds = round(time.monotonic() - started, 3)
+        totals[f"cut at {self.config.model.max_tokens} tokens"] = rows_cut
         self.result.stages.append(StageRecord("features", key, folder, reused, seconds, totals, num_bytes))
         _log_stage(self.result.stages[-1])
 
@@ -432,7 +435,12 @@ class _Job:
             "mean_learning_rates": [c["mean_learning_rate"] for c in checkpoints],
             "adam": self.config.gradients.adam,
             "stored_dtype": self.config.gradients.stored_dtype,
+            "template": self.config.model.template,
+            "text": self.identity().text,
             "warmup": warmup.folder,
+            # Where v is far below eps squared, Adam's preconditioner is all but off.
+            "median_exp_avg_sq": [c.get("median_exp_avg_sq") for c in checkpoints],
+            "adam_eps": warmup.facts["adam_eps"],
         }
         for target in self.config.targets:
             started = time.monotonic()

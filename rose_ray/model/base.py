@@ -17,6 +17,7 @@ from rose_ray.data.chat import TULU_TEMPLATE, ChatTemplate
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.errors import ModelError
 
+_TEMPLATE_NAMES = ("tokenizer", "tulu")
 _WEIGHT_FILES = (".safetensors",)
 _DESCRIBING_FILES = ("config.json",)
 
@@ -47,7 +48,7 @@ def with_absolute_paths(model: ModelConfig) -> ModelConfig:
     absolute = {
         name: os.path.abspath(value)
         for name, value in (("base", model.base), ("template", model.template))
-        if os.path.exists(value)
+        if value not in _TEMPLATE_NAMES and os.path.exists(value)
     }
     return model.model_copy(update=absolute)
 

@@ -1,0 +1,70 @@
+"""Pool and workspace on an S3 API: a real server on this machine, spoken to by pyarrow alone."""
+
+from __future__ import annotations
+
+import json
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from rose_ray.errors import DataError, StoreError
+from rose_ray.filesystem import expand, locate, read_bytes
+from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
+from rose_ray.stages.pool import read_pool_shard, settle_pool
+from rose_ray.stores.manifest import find_manifest
+from rose_ray.stores.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    patch = pytest.MonkeyPatch()
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(key, "testing")
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="pool")
+    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    for name, numbers in (("a", range(5)), ("b", range(3, 8))):
+        rows = [
+            {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in numbers
+        ]
+        body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        client.put_object(Bucket="pool", Key=f"rows/{name}.jsonl", Body=body)
+    yield lambda path: f"s3://pool/{path}{options}"
+    server.stop()
+    patch.undo()
+
+
+def test_pool_and_workspace_live_in_a_bucket(bucket):
+    workspace = Workspace.open(bucket("ws"), create=True)
+    files = expand([bucket("rows/*.jsonl")])
+    assert [file.name for file in files] == ["s3://pool/rows/a.jsonl", "s3://pool/rows/b.jsonl"]
+    manifests = [ingest_file(workspace, PoolFile(file), IngestSettings(shard_rows=2)) for file in files]
+    pool = settle_pool(workspace, manifests)
+    assert pool.counts == {"rows_read": 10, "unique": 8, "duplicates": 2, "rejected": 0, "unsampled": 0}
+    again = Workspace.open(bucket("ws"))
+    rows = [read_pool_shard(again, pool, entry["shard"]).num_rows for entry in pool.facts["shards"]]
+    assert sum(rows) == 8
+    assert find_manifest(again, pool.folder) == pool
+
+
+def test_missing_things_in_a_bucket_are_named(bucket):
+    with pytest.raises(DataError, match="nowhere"):
+        expand([bucket("rows/nowhere.jsonl")])
+    with pytest.raises(DataError, match="matches no file"):
+        expand([bucket("rows/*.parquet")])
+    with pytest.raises(StoreError, match="no workspace"):
+        Workspace.open(bucket("elsewhere"))
+
+
+def test_a_rewritten_file_is_whole(bucket):
+    workspace = Workspace.open(bucket("ws"), create=True)
+    for content in (b"first", b"second"):
+        record = workspace.write("some/file", content)
+        assert read_bytes(locate(bucket("ws/some/file"))) == content
+    assert workspace.is_intact(record)
+    assert workspace.list_folder("some") == ["some/file"]
