@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,7 +26,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _StrictLoader)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path!r}: {error.strerror}. `rose-ray init` writes a commented example."
@@ -34,6 +34,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     return parse_config(content, overrides, name=path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's own reader keeps the last of two equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping whose keys differ."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(content: Any, overrides: Sequence[str] = (), *, name: str = "configuration") -> JobConfig:
@@ -107,7 +122,7 @@ def _floats(content: Any, model: Any) -> Any:
     arguments = get_args(model)
     if isinstance(content, list):
         return [_floats(item, arguments[0]) if arguments else item for item in content]
-    if isinstance(content, dict) and len(arguments) == 2:
+    if isinstance(content, dict) and get_origin(model) is dict:
         return {k: _floats(v, arguments[1]) for k, v in content.items()}
     if isinstance(content, dict) and arguments:
         return _floats(content, next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None))

@@ -18,7 +18,8 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.demo.compare import Comparison, compare_selection
 from rose_ray.demo.families import OPPOSED_FAMILY, REWARDED_FAMILY
 from rose_ray.demo.make import SWAPPED_TARGET, TARGET, DemoPaths, make_demo
-from rose_ray.distributed.run import RunResult, run_job
+from rose_ray.distributed.job import RunResult
+from rose_ray.distributed.run import run_job
 from rose_ray.errors import StoreError
 from rose_ray.model.base import load_tokeniser
 from rose_ray.stages.pool import read_pool_shard, skipped_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,57 @@ import ray
 
 from rose_ray.config.models import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
+from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.session import is_verbose
+from rose_ray.errors import AccountingError
+from rose_ray.stages.pool import skipped_rows
+from rose_ray.stores.features import find_shard
 from rose_ray.stores.manifest import Manifest
+from rose_ray.stores.runs import StageRecord
 
 logger = logging.getLogger(__name__)
 
 
-def compute_features(
+def make_features(job: Job, pool: Manifest, warmup: Manifest) -> None:
+    """Compute the features of every shard that has none yet."""
+    started = time.monotonic()
+    spec = job.spec(warmup)
+    skipped = skipped_rows(job.workspace, pool)
+    missing = [
+        entry
+        for entry in pool.facts["shards"]
+        if find_shard(job.workspace, spec.features_key, entry["shard"], skipped.get(entry["shard"], [])) is None
+    ]
+    folder = f"features/{spec.features_key}"
+    job.workspace.write_json(f"{folder}/space.json", job.features_made_from(warmup))
+    if missing:
+        _compute(spec, pool, missing, skipped, job.config.ray)
+    _account_features(job, pool, spec.features_key, folder, skipped, started, reused=not missing)
+
+
+def _account_features(
+    job: Job, pool: Manifest, key: str, folder: str, skipped: dict[str, list[str]], started: float, *, reused: bool
+) -> None:
+    totals = {"rows": 0, "scored": 0, "rejected": 0}
+    rows_cut = num_bytes = 0
+    for entry in pool.facts["shards"]:
+        receipt = find_shard(job.workspace, key, entry["shard"], skipped.get(entry["shard"], []))
+        if receipt is None or receipt.counts["rows"] < entry["num_rows"] - entry["num_skipped"]:
+            raise AccountingError(f"features: shard {entry['shard']} is not complete. Run again.")
+        totals = {name: totals[name] + receipt.counts[name] for name in totals}
+        rows_cut += receipt.facts["num_rows_cut"]
+        num_bytes += receipt.num_bytes
+    if totals["rows"] != totals["scored"] + totals["rejected"]:
+        raise AccountingError(
+            f"features: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
+        )
+    seconds = round(time.monotonic() - started, 3)
+    totals[f"cut at {job.config.model.max_tokens} tokens"] = rows_cut
+    job.record(StageRecord("features", key, folder, reused, seconds, totals, num_bytes))
+
+
+def _compute(
     spec: ScoringSpec,
     pool: Manifest,
     entries: Sequence[Mapping[str, Any]],

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rose_ray.config.models import JobConfig
-from rose_ray.distributed.run import read_target_pairs
+from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.filesystem import expand, locate
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.describe import describe_model

@@ -1,0 +1,184 @@
+"""The warm-up as an artefact: found by its settings, trained where there is none, or taken from the user's adapters.
+
+A warm-up is pinned: once its settings have one, a pool that grows keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from rose_ray.distributed.actors import cached_tokeniser, device_of
+from rose_ray.distributed.job import Job
+from rose_ray.distributed.warmup import WarmupJob, run_warmup
+from rose_ray.errors import AccountingError, ModelError
+from rose_ray.filesystem import child, locate, read_bytes
+from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_digest, check_adapter_config
+from rose_ray.stages.features import tokenize_shard
+from rose_ray.stages.pool import read_pool_shard, skipped_rows
+from rose_ray.stages.warmup import WARMUP_VERSION, warmup_rows
+from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
+from rose_ray.stores.workspace import FileRecord, Workspace
+
+logger = logging.getLogger(__name__)
+
+
+def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
+    """Return the pinned warm-up of these settings; train it where there is none yet."""
+    started = time.monotonic()
+    settings = _warmup_settings(job)
+    pin = f"warmup/pins/{artefact_key(settings)}.json"
+    if job.workspace.exists(pin) and not new_warmup:
+        found = find_manifest(job.workspace, job.workspace.read_json(pin)["folder"])
+        if found is not None:
+            return _warmup_done(job, found, started, reused=True)
+        logger.warning("the pinned warm-up is damaged; training it again")
+    if job.config.warmup.adapters is not None:
+        made_from = {**settings, "row_ids": None}
+        train: Callable[[dict[str, Any], str], Manifest] = functools.partial(_import_adapters, job)
+    else:
+        row_ids = _warmup_row_ids(job, pool)
+        made_from = {**settings, "row_ids": hashlib.sha256("".join(row_ids).encode()).hexdigest()}
+        train = functools.partial(_train, job, pool, row_ids)
+    folder = f"warmup/{artefact_key(made_from)}"
+    warmup = find_manifest(job.workspace, folder)
+    reused = warmup is not None
+    if warmup is None:
+        warmup = train(made_from, folder)
+    job.workspace.write_json(pin, {"folder": folder, "pool": pool.key})
+    return _warmup_done(job, warmup, started, reused=reused)
+
+
+def _warmup_settings(job: Job) -> dict[str, Any]:
+    config, identity = job.config, job.identity
+    common = {
+        "stage": "warmup",
+        "version": WARMUP_VERSION,
+        "base": identity.base,
+        "layout": identity.layout.digest,
+        "lora": config.lora.model_dump(mode="json"),
+    }
+    if config.warmup.adapters is not None:
+        folders = [locate(name) for name in config.warmup.adapters]
+        return {
+            **common,
+            "adapters": [adapter_digest(folder) for folder in folders],
+            "weights": config.warmup.adapter_weights,
+        }
+    not_numeric = {"max_batch_tokens", "workers", "zero_stage", "adapters", "adapter_weights"}
+    return {
+        **common,
+        "text": identity.text,
+        "max_tokens": config.model.max_tokens,
+        "dtype": config.model.dtype,
+        "warmup": config.warmup.model_dump(mode="json", exclude=not_numeric),
+    }
+
+
+def _warmup_row_ids(job: Job, pool: Manifest) -> list[str]:
+    skipped = skipped_rows(job.workspace, pool)
+    read = [
+        job.task(_shard_row_ids, job.workspace, pool, entry["shard"], skipped.get(entry["shard"], []))
+        for entry in pool.facts["shards"]
+    ]
+    row_ids = [row_id for part in ray.get(read) for row_id in part]
+    return warmup_rows(row_ids, job.config.warmup.fraction, job.config.warmup.seed)
+
+
+def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, Any], folder: str) -> Manifest:
+    started = time.monotonic()
+    config = job.config
+    samples, num_rejected = ray.get(
+        job.task(_warmup_samples, job.workspace, pool, row_ids, config.model, f"{folder}/samples.parquet")
+    )
+    training = WarmupJob(
+        job.workspace,
+        folder,
+        samples,
+        config.model,
+        config.lora,
+        config.warmup,
+        device_of(config.ray),
+        config.ray.threads_per_actor,
+    )
+    checkpoints = run_warmup(
+        training, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
+    )
+    files = [samples, *(FileRecord(**record) for c in checkpoints for record in c.pop("files"))]
+    return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
+
+
+def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:
+    started = time.monotonic()
+    config = job.config
+    assert config.warmup.adapters is not None
+    weights = config.warmup.adapter_weights or [1.0] * len(config.warmup.adapters)
+    checkpoints, files = [], []
+    for number, (name, weight) in enumerate(zip(config.warmup.adapters, weights, strict=True), start=1):
+        source = locate(name)
+        lora = config.lora
+        check_adapter_config(source, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
+        for file in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+            data = read_bytes(child(source, file))
+            files.append(job.workspace.write(f"{folder}/checkpoint-{number}/{file}", data))
+        checkpoints.append({"name": f"checkpoint-{number}", "mean_learning_rate": weight, "from": name})
+    logger.info("warm-up: using your adapters; they come without Adam moments, so features are plain gradients (sgd)")
+    return _commit_warmup(job, made_from, folder, checkpoints, files, 0, 0, started)
+
+
+def _commit_warmup(
+    job: Job,
+    made_from: dict[str, Any],
+    folder: str,
+    checkpoints: list[dict[str, Any]],
+    files: list[FileRecord],
+    num_rows: int,
+    num_rejected: int,
+    started: float,
+) -> Manifest:
+    for checkpoint in checkpoints:
+        location = job.workspace.location(f"{folder}/{checkpoint['name']}")
+        checkpoint["adapter"] = adapter_digest(location)
+    facts = {"checkpoints": checkpoints, "adam_eps": job.config.warmup.adam_eps}
+    counts = {"rows": num_rows, "trained": num_rows - num_rejected, "rejected": num_rejected}
+    return commit_artefact(job.workspace, "warmup", made_from, files, counts, facts, started=started, folder=folder)
+
+
+def _warmup_done(job: Job, warmup: Manifest, started: float, *, reused: bool) -> Manifest:
+    job.result.warmup = warmup
+    job.note("warmup", warmup, started, reused=reused)
+    # Refuse a checkpoint of another model here, where the message is near its cause.
+    if warmup.made_from["layout"] != job.identity.layout.digest:
+        raise ModelError(f"{warmup.folder}: its adapters have another layout than this model. Delete it and run again.")
+    return warmup
+
+
+def _shard_row_ids(workspace: Workspace, pool: Manifest, shard: str, skipped: list[str]) -> list[str]:
+    table = read_pool_shard(workspace, pool, shard, columns=["row_id"], skipped={shard: skipped})
+    row_ids: list[str] = table["row_id"].to_pylist()
+    return row_ids
+
+
+def _warmup_samples(
+    workspace: Workspace, pool: Manifest, row_ids: list[str], model: Any, path: str
+) -> tuple[FileRecord, int]:
+    wanted = pa.array(row_ids, pa.string())
+    skipped = skipped_rows(workspace, pool)
+    parts = []
+    for entry in pool.facts["shards"]:
+        table = read_pool_shard(workspace, pool, entry["shard"], columns=["row_id", "conversation"], skipped=skipped)
+        parts.append(table.filter(pc.is_in(table["row_id"], value_set=wanted)))
+    tokens, rejected = tokenize_shard(pa.concat_tables(parts), cached_tokeniser(model))
+    if tokens.num_rows == 0:
+        raise AccountingError(
+            f"warm-up: none of {len(row_ids)} rows can be tokenised: {rejected.slice(0, 1).to_pylist()}"
+        )
+    return workspace.write_table(path, tokens), rejected.num_rows

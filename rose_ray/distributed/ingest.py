@@ -1,0 +1,32 @@
+"""The ingest stage on Ray: a task per file, one more to settle duplicates among them."""
+
+from __future__ import annotations
+
+import time
+
+import ray
+
+from rose_ray.distributed.job import Job
+from rose_ray.filesystem import expand
+from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
+from rose_ray.stages.pool import settle_pool
+from rose_ray.stores.manifest import Manifest
+
+
+def ingest(job: Job) -> Manifest:
+    """Read every file of the pool, each in a task of its own, and settle duplicates among them."""
+    started = time.monotonic()
+    pool = job.config.pool
+    files = [
+        PoolFile(location, entry.format, entry.source, entry.source_field)
+        for entry in pool.inputs
+        for location in expand(entry.files)
+    ]
+    settings = IngestSettings(pool.shard_rows, pool.sample_fraction, pool.sample_seed)
+    known = set(job.workspace.list_folder("pool"))
+    tasks = [job.task(ingest_file, job.workspace, file, settings) for file in files]
+    manifests: list[Manifest] = ray.get(tasks)
+    settled: Manifest = ray.get(job.task(settle_pool, job.workspace, manifests))
+    job.result.pool = settled
+    job.note("ingest", settled, started, reused=settled.folder in known)
+    return settled
