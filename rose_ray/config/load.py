@@ -37,18 +37,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's own reader keeps the last of two equal keys; this one refuses them."""
+    """YAML's own loader keeps the last of two equal keys; this one refuses them."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping whose keys differ."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping whose keys differ."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:number]]:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+        return node
 
 
 def parse_config(content: Any, overrides: Sequence[str] = (), *, name: str = "configuration") -> JobConfig:

@@ -228,7 +228,7 @@ gradients:
 ray:
   address: local
   actors: 1
-  cpus_per_actor: 1
+  cpus_per_actor: 0.75
 """
 
 

@@ -22,7 +22,7 @@ from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.stages.bank import encode_pairs, pair_gradients
+from rose_ray.stages.bank import encode_pairs, pair_gradients, reference_logps
 from rose_ray.stages.features import DirectionSettings, shard_features, tokenize_shard
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folder
@@ -144,6 +144,8 @@ class BankActor:
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""
         encoded = encode_pairs(pairs, self.tokeniser, target)
+        max_batch_tokens = self.spec.gradients.max_batch_tokens
+        reference_V2 = reference_logps(self.model, encoded, max_batch_tokens=max_batch_tokens)
         beta = target.dpo_beta if target.encoding == "rose_official" else None
         return [
             pair_gradients(
@@ -152,7 +154,8 @@ class BankActor:
                 checkpoint,
                 self.spec.layout,
                 self.spec.projection,
-                max_batch_tokens=self.spec.gradients.max_batch_tokens,
+                max_batch_tokens=max_batch_tokens,
+                reference_V2=reference_V2,
                 half_precision_beta=beta,
             )
             for checkpoint in self.checkpoints

@@ -71,6 +71,20 @@ def encode_pairs(pairs: Sequence[PreferencePair], tokeniser: Tokeniser, target: 
     return encoded
 
 
+def reference_logps(model: ScoringModel, pairs: Sequence[EncodedPair], *, max_batch_tokens: int) -> Tensor:
+    """Return summed log-probabilities [V, 2] of both answers under the untouched base model, float64, nats.
+
+    They are the same at every checkpoint, so one forward pass serves them all.
+    """
+    samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    logps = torch.zeros(len(samples), dtype=torch.float64, device=model.device)
+    with torch.no_grad(), model.without_adapter():
+        for indices in length_batches([len(sample.input_ids) for sample in samples], max_batch_tokens):
+            batch = pad_batch([samples[i] for i in indices], device=model.device)
+            logps[indices] = model.sample_values(batch, "sum_logps").double()
+    return logps.reshape(-1, 2)
+
+
 def pair_gradients(
     model: ScoringModel,
     pairs: Sequence[EncodedPair],
@@ -79,6 +93,7 @@ def pair_gradients(
     projection: Projection,
     *,
     max_batch_tokens: int,
+    reference_V2: Tensor | None = None,
     half_precision_beta: float | None = None,
 ) -> pa.Table:
     """Compute a target's bank at one checkpoint.
@@ -90,6 +105,7 @@ def pair_gradients(
         layout: Of the adapter.
         projection: From the flat gradient [P] to [D].
         max_batch_tokens: Bound on rows times longest row.
+        reference_V2: From `reference_logps`, for a caller with several checkpoints; computed where not given.
         half_precision_beta: Where given, both gradients are scaled as in the DPO loss with this beta and rounded to
             float16 before projection, as the released code does; entries below 6e-8 vanish.
 
@@ -100,14 +116,16 @@ def pair_gradients(
         NonFiniteError: A gradient or log-probability is NaN or infinite; the pairs are listed.
     """
     samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    if reference_V2 is None:
+        reference_V2 = reference_logps(model, pairs, max_batch_tokens=max_batch_tokens)
     model.load_adapter(checkpoint.adapter)
     rows = _BankRows(len(pairs), projection.dim, model.device)
     batches = length_batches([len(sample.input_ids) for sample in samples], max_batch_tokens, multiple=2)
     for indices in batches:
         batch = pad_batch([samples[i] for i in indices], device=model.device)
-        with torch.no_grad(), model.without_adapter():
-            reference_B = model.sample_values(batch, "sum_logps").double()
-        part = _PairBatch(rows, [i // 2 for i in indices[::2]], layout, projection, reference_B, half_precision_beta)
+        places = [i // 2 for i in indices[::2]]
+        reference_B = reference_V2[places].flatten()
+        part = _PairBatch(rows, places, layout, projection, reference_B, half_precision_beta)
         part.finish(model.backward_per_sample(batch, "sum_logps", part.consume, part.set_scales))
     return rows.table(pairs, checkpoint.name)
 
