@@ -137,9 +137,11 @@ def write_bytes(location: Location, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, location.path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = location.name  # a failed write does not say where
         raise
 
 

@@ -8,47 +8,62 @@ from typing import Any
 STAGES = ("ingest", "warmup", "bank", "features", "score", "select")
 
 _AFTER_WARMUP = ("bank", "features", "score", "select")
-# The longest prefix that fits a key counts.
+_REDUCED = ("score", "select")
+# The longest prefix that fits a key counts; items of lists go by their list's name.
 _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "workspace": STAGES,
     "preset": (),
     "model": ("warmup", *_AFTER_WARMUP),
+    "model.attention": (),
+    "model.trust_remote_code": (),
     "model.loader": (),
     "model.deepspeed": (),
     "model.gradient_checkpointing": (),
     "lora": ("warmup", *_AFTER_WARMUP),
-    "pool": ("ingest", "score", "select"),
-    "pool.inputs": ("ingest", "features", "score", "select"),
-    "pool.shard_rows": ("ingest", "features", "score", "select"),
-    "pool.sample_fraction": ("ingest", "features", "score", "select"),
-    "targets": ("bank", "score", "select"),
+    "pool": ("ingest", "features", *_REDUCED),
+    "targets": ("bank", *_REDUCED),
+    "targets.objective": _REDUCED,
+    "targets.normalize": _REDUCED,
+    "targets.aggregation": _REDUCED,
+    "targets.selection": ("select",),
     "training_set": ("select",),
     "warmup": ("warmup", *_AFTER_WARMUP),
+    "warmup.adapter_weights": ("warmup", *_REDUCED),
     "warmup.max_batch_tokens": (),
     "warmup.workers": (),
     "warmup.zero_stage": (),
     "gradients": _AFTER_WARMUP,
-    "gradients.stored_dtype": ("features", "score", "select"),
+    "gradients.adam": ("features", *_REDUCED),
+    "gradients.stored_dtype": ("features", *_REDUCED),
     "gradients.max_batch_tokens": (),
     "ray": (),
 }
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the leaves in which two dumped configurations differ: dotted key to (old, new)."""
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the leaves in which two dumped configurations differ: dotted key to (old, new).
+
+    Items of lists of mappings are numbered, as behind ``--set``: ``targets.0.objective``.
+    """
     changes: dict[str, tuple[Any, Any]] = {}
     for key in [*old, *(k for k in new if k not in old)]:
-        before, after = old.get(key), new.get(key)
+        before, after = _numbered(old.get(key)), _numbered(new.get(key))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes |= changed_keys(before, after, f"{prefix}{key}.")
+            changes |= {f"{key}.{below}": change for below, change in changed_keys(before, after).items()}
         elif before != after:
-            changes[f"{prefix}{key}"] = (before, after)
+            changes[key] = (old.get(key), new.get(key))
     return changes
 
 
+def _numbered(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
+
+
 def recomputed_stages(key: str) -> tuple[str, ...]:
-    """Return the stages that a change of ``key`` makes compute anew, beside what exists."""
-    parts = key.split(".")
+    """Return the stages that a change of ``key`` can make compute anew, beside what exists."""
+    parts = [part for part in key.split(".") if not part.isdigit()]
     for length in range(len(parts), 0, -1):
         stages = _RECOMPUTED.get(".".join(parts[:length]))
         if stages is not None:

@@ -57,6 +57,12 @@ class ModelConfig(_Strict):
         default_factory=DeepSpeedConfig, description="DeepSpeed settings of those actors."
     )
 
+    @model_validator(mode="after")
+    def _settings_fit_loader(self) -> ModelConfig:
+        if self.loader == "plain" and self.deepspeed != DeepSpeedConfig():
+            raise ValueError("loader: plain leaves no use for what is set in deepspeed: take out one of them")
+        return self
+
 
 class LoraConfig(_Strict):
     """The adapter whose gradients are compared. Defaults are the paper's."""
@@ -213,7 +219,7 @@ class WarmupConfig(_Strict):
     adapters: list[str] | None = Field(
         None, min_length=1, description="Your own PEFT adapter folders instead of a warm-up. Needs gradients.adam: sgd."
     )
-    adapter_weights: list[float] | None = Field(
+    adapter_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weights of those adapters, for instance learning rates; equal where unset."
     )
 
@@ -223,6 +229,8 @@ class WarmupConfig(_Strict):
             raise ValueError(
                 f"adapter_weights has {len(self.adapter_weights)} entries for {len(self.adapters or [])} adapters"
             )
+        if self.adapter_weights is not None and not any(self.adapter_weights):
+            raise ValueError("adapter_weights are all 0: at least one adapter must count")
         return self
 
 

@@ -18,16 +18,18 @@ from rose_ray.config.models import GradientConfig, LoraConfig, ModelConfig, RayC
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.distributed.engine import load_scoring_model
+from rose_ray.distributed.session import carried_errors
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.bank import encode_pairs, pair_gradients, reference_logps
 from rose_ray.stages.features import DirectionSettings, shard_features, tokenize_shard
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folder
 from rose_ray.stores.manifest import Manifest, commit_artefact
-from rose_ray.stores.workspace import Workspace
+from rose_ray.stores.workspace import FileRecord, Workspace
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ScoringSpec:
         model, lora, gradients: As configured.
         layout: Of the adapter.
         checkpoints: Folders of the checkpoints, relative to the workspace, in order of training.
+        checkpoint_files: What the warm-up's manifest knows of the files in them.
         device: ``cpu`` or ``cuda``.
         threads: Torch threads.
         features_key: Key of the feature space.
@@ -50,6 +53,7 @@ class ScoringSpec:
     gradients: GradientConfig
     layout: ParameterLayout
     checkpoints: tuple[str, ...]
+    checkpoint_files: tuple[FileRecord, ...]
     device: str
     threads: int
     features_key: str
@@ -61,7 +65,13 @@ class ScoringSpec:
         return make_projection(settings.kind, settings.dim, settings.seed, self.layout.num_parameters)
 
     def read_checkpoints(self) -> list[Checkpoint]:
-        """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died."""
+        """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.
+
+        Raises:
+            AlteredFileError: A file differs from its record.
+        """
+        for record in self.checkpoint_files:
+            self.workspace.read(record.path, record)
         return [read_checkpoint(self.workspace.location(folder), self.layout) for folder in self.checkpoints]
 
     def checkpoint_names(self) -> list[str]:
@@ -69,14 +79,27 @@ class ScoringSpec:
         return [folder.rsplit("/", 1)[-1] for folder in self.checkpoints]
 
 
-class ScoringActor:
-    """Holds the base model and all checkpoints; turns one tokenised shard into feature files."""
+class _ModelHolder:
+    """Holds the base model and all checkpoints, loaded when first asked for: what a constructor raises, Ray loses."""
 
     def __init__(self, spec: ScoringSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.model = load_scoring_model(spec.model, spec.lora, device=spec.device)
-        self.checkpoints = spec.read_checkpoints()
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        return self.spec.read_checkpoints()
+
+    @functools.cached_property
+    def model(self) -> ScoringModel:
+        return load_scoring_model(self.spec.model, self.spec.lora, device=self.spec.device)
+
+
+class ScoringActor(_ModelHolder):
+    """Turns one tokenised shard into feature files."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        super().__init__(spec)
         self.projection = spec.projection
         self.settings = DirectionSettings(
             spec.gradients.adam, spec.gradients.stored_dtype, spec.gradients.max_batch_tokens
@@ -84,12 +107,12 @@ class ScoringActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
-        lines = [
-            self.score_shard(str(shard), _table(tokens), _table(rejected), _table(skipped))
-            for shard, tokens, rejected, skipped in zip(
-                batch["shard"], batch["tokens"], batch["rejected"], batch["skipped"], strict=True
-            )
-        ]
+        columns = (batch[name] for name in ("shard", "tokens", "rejected", "skipped"))
+        with carried_errors():
+            lines = [
+                self.score_shard(str(shard), _table(tokens), _table(rejected), _table(skipped))
+                for shard, tokens, rejected, skipped in zip(*columns, strict=True)
+            ]
         return {key: [line[key] for line in lines] for key in lines[0]}
 
     def score_shard(self, shard: str, tokens: pa.Table, rejected: pa.Table, skipped: pa.Table) -> dict[str, Any]:
@@ -131,19 +154,12 @@ class ScoringActor:
         }
 
 
-class BankActor:
-    """Holds the base model and all checkpoints; turns targets' pairs into bank tables."""
-
-    def __init__(self, spec: ScoringSpec) -> None:
-        torch.set_num_threads(spec.threads)
-        self.spec = spec
-        self.tokeniser = load_tokeniser(spec.model)
-        self.model = load_scoring_model(spec.model, spec.lora, device=spec.device)
-        self.checkpoints = spec.read_checkpoints()
+class BankActor(_ModelHolder):
+    """Turns targets' pairs into bank tables."""
 
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""
-        encoded = encode_pairs(pairs, self.tokeniser, target)
+        encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
         max_batch_tokens = self.spec.gradients.max_batch_tokens
         reference_V2 = reference_logps(self.model, encoded, max_batch_tokens=max_batch_tokens)
         beta = target.dpo_beta if target.encoding == "rose_official" else None

@@ -64,21 +64,23 @@ def bank_made_from(job: Job, warmup: Manifest, target: TargetConfig, pairs: Sequ
 def make_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> None:
     """Find or compute the bank of every target; the model is loaded once for all that are missing."""
     actor: Any = None
-    for target in job.config.targets:
-        started = time.monotonic()
-        made_from = bank_made_from(job, warmup, target, pairs[target.name])
-        bank = find_manifest(job.workspace, f"bank/{artefact_key(made_from)}")
-        reused = bank is not None
-        if bank is None:
-            actor = actor or job.actor(BankActor, job.spec(warmup))
-            num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
-            logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
-            tables: list[pa.Table] = ray.get(actor.bank.remote(target, pairs[target.name]))
-            bank = _commit_bank(job, made_from, warmup, tables, started)
-        job.result.banks[target.name] = bank
-        job.note(f"bank {target.name}", bank, started, reused=reused)
-    if actor is not None:
-        ray.kill(actor)
+    try:
+        for target in job.config.targets:
+            started = time.monotonic()
+            made_from = bank_made_from(job, warmup, target, pairs[target.name])
+            bank = find_manifest(job.workspace, f"bank/{artefact_key(made_from)}")
+            reused = bank is not None
+            if bank is None:
+                actor = actor or job.actor(BankActor, job.spec(warmup))
+                num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
+                logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
+                tables: list[pa.Table] = ray.get(actor.bank.remote(target, pairs[target.name]))
+                bank = _commit_bank(job, made_from, warmup, tables, started)
+            job.result.banks[target.name] = bank
+            job.note(f"bank {target.name}", bank, started, reused=reused)
+    finally:
+        if actor is not None:
+            ray.kill(actor)
 
 
 def _commit_bank(

@@ -15,13 +15,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import torch
 
+from rose_ray.config.models import JobConfig
 from rose_ray.distributed.actors import cached_tokeniser, device_of
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.warmup import WarmupJob, run_warmup
-from rose_ray.errors import AccountingError, ModelError
+from rose_ray.errors import DataError, ModelError, NonFiniteError
 from rose_ray.filesystem import child, locate, read_bytes
-from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, adapter_digest, check_adapter_config
+from rose_ray.model.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    adapter_digest,
+    check_adapter_config,
+    read_checkpoint,
+)
+from rose_ray.model.layout import ParameterLayout
 from rose_ray.stages.features import tokenize_shard
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
 from rose_ray.stages.warmup import WARMUP_VERSION, warmup_rows
@@ -116,18 +125,35 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
     return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
 
 
+def check_own_adapters(config: JobConfig, layout: ParameterLayout) -> None:
+    """Refuse adapters in ``warmup.adapters`` that were not made for this model and ``lora``.
+
+    Raises:
+        StoreError: A folder holds no PEFT adapter.
+        ModelError: It is one of another model, rank, alpha or target.
+        NonFiniteError: It holds NaN or infinity.
+    """
+    for name in config.warmup.adapters or []:
+        folder, lora = locate(name), config.lora
+        check_adapter_config(folder, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
+        adapter = read_checkpoint(folder, layout).adapter
+        bad = [parameter for parameter, tensor in adapter.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise NonFiniteError(
+                f"{name}: {len(bad)} parameters hold NaN or infinity, the first {bad[0]}. Use a sound adapter."
+            )
+
+
 def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:
     started = time.monotonic()
     config = job.config
     assert config.warmup.adapters is not None
+    check_own_adapters(config, job.identity.layout)
     weights = config.warmup.adapter_weights or [1.0] * len(config.warmup.adapters)
     checkpoints, files = [], []
     for number, (name, weight) in enumerate(zip(config.warmup.adapters, weights, strict=True), start=1):
-        source = locate(name)
-        lora = config.lora
-        check_adapter_config(source, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
         for file in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-            data = read_bytes(child(source, file))
+            data = read_bytes(child(locate(name), file))
             files.append(job.workspace.write(f"{folder}/checkpoint-{number}/{file}", data))
         checkpoints.append({"name": f"checkpoint-{number}", "mean_learning_rate": weight, "from": name})
     logger.info("warm-up: using your adapters; they come without Adam moments, so features are plain gradients (sgd)")
@@ -178,7 +204,8 @@ def _warmup_samples(
         parts.append(table.filter(pc.is_in(table["row_id"], value_set=wanted)))
     tokens, rejected = tokenize_shard(pa.concat_tables(parts), cached_tokeniser(model))
     if tokens.num_rows == 0:
-        raise AccountingError(
-            f"warm-up: none of {len(row_ids)} rows can be tokenised: {rejected.slice(0, 1).to_pylist()}"
+        raise DataError(
+            f"warm-up: none of its {len(row_ids)} rows makes a sample; the first: {rejected.slice(0, 1).to_pylist()}. "
+            "Raise `model.max_tokens` or `warmup.fraction`, or look at the pool."
         )
     return workspace.write_table(path, tokens), rejected.num_rows

@@ -14,7 +14,7 @@ from rose_ray.config.models import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
-from rose_ray.distributed.session import is_verbose
+from rose_ray.distributed.session import carried_errors, is_verbose
 from rose_ray.errors import AccountingError
 from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.features import find_shard
@@ -84,8 +84,10 @@ def _compute(
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = settings.stall_seconds
     context.verbose_progress = False
+    context.raise_original_map_exception = True  # its own wrapper loses the cause
     if not is_verbose():
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level once it is imported
+        # Ray Data sets its own level once it is imported. Its errors come back as exceptions; its log calls ours a bug.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"shard": entry["shard"], "skipped": skipped.get(entry["shard"], [])} for entry in entries]
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")
@@ -108,4 +110,5 @@ def _compute(
 
 
 def _tokenize(row: dict[str, Any], spec: ScoringSpec, pool_ref: list[Any]) -> dict[str, Any]:
-    return tokenize_task(row, spec, ray.get(pool_ref[0]))
+    with carried_errors():
+        return tokenize_task(row, spec, ray.get(pool_ref[0]))

@@ -88,6 +88,7 @@ class Job:
             gradients=config.gradients,
             layout=self.identity.layout,
             checkpoints=tuple(f"{warmup.folder}/{c['name']}" for c in warmup.facts["checkpoints"]),
+            checkpoint_files=tuple(file for file in warmup.files if "/checkpoint-" in file.path),
             device=device_of(config.ray),
             threads=config.ray.threads_per_actor,
             features_key=artefact_key(self.features_made_from(warmup)),

@@ -40,6 +40,12 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
             f"ray.actors: {settings.actors} actors of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} "
             f"GPU do not fit; {have}, room for {slots}. Lower ray.actors or ray.cpus_per_actor, or add nodes."
         )
+    largest = max((node.cpus for node in nodes), default=0.0)
+    if settings.cpus_per_task > largest + 1e-9:
+        raise ResourceError(
+            f"ray.cpus_per_task: {settings.cpus_per_task:g} CPU fit no node; {have}, {largest:g} CPU the largest. "
+            "Lower it (fractions are fine)."
+        )
     wanted = settings.actors * settings.cpus_per_actor + settings.cpus_per_task
     total = sum(node.cpus for node in nodes)
     if wanted > total + 1e-9:

@@ -39,22 +39,28 @@ def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: 
 
     Raises:
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
+        OSError: A file cannot be read or written, for instance because the disk is full.
     """
     workspace = Workspace.open(config.workspace, create=True)
     _say_changes(workspace, config)
     job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
-    outcome = "finished"
     try:
         with ray_session(config.ray):
             check_resources(config, cluster_nodes())
             _run(job, stages, new_warmup)
     except BaseException as error:
         cause = root_cause(error)
-        outcome = f"{type(cause).__name__}: {cause}"
-        raise (cause if isinstance(cause, RoseError) else error) from None
-    finally:
-        write_run(workspace, config.model_dump(mode="json"), job.result.stages, outcome)
+        try:
+            _write_record(job, config, f"{type(cause).__name__}: {cause}")
+        except OSError as failure:  # a full disk, for instance: what ended the run matters more
+            logger.warning(f"the record of this run cannot be written: {failure}")
+        raise (cause if isinstance(cause, RoseError | OSError) else error) from None
+    _write_record(job, config, "finished")
     return job.result
+
+
+def _write_record(job: Job, config: JobConfig, outcome: str) -> None:
+    write_run(job.workspace, config.model_dump(mode="json"), job.result.stages, outcome)
 
 
 def _say_changes(workspace: Workspace, config: JobConfig) -> None:

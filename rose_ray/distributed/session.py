@@ -69,9 +69,27 @@ def worker_environment(config: RayConfig) -> dict[str, str]:
     }
 
 
+class CarriedError(Exception):
+    """Holds an error on its way through Ray Data, which adds advice of its own to the text of what passes."""
+
+    cause: BaseException
+
+
+@contextmanager
+def carried_errors() -> Iterator[None]:
+    """Around what Ray Data calls: errors of ours and of the operating system reach `root_cause` as they are."""
+    try:
+        yield
+    except (RoseError, OSError) as error:
+        carrier = CarriedError()
+        carrier.cause = error
+        raise carrier from error
+
+
 def root_cause(error: BaseException) -> BaseException:
-    """Return the error of ours that lies under Ray's wrappers, or the one given where there is none."""
+    """Return what lies under Ray's wrappers: an error of ours, else one of the operating system, else ``error``."""
     seen: set[int] = set()
+    system_error: OSError | None = None
     waiting: list[BaseException] = [error]
     while waiting:
         current = waiting.pop()
@@ -80,8 +98,11 @@ def root_cause(error: BaseException) -> BaseException:
         seen.add(id(current))
         if isinstance(current, RoseError) and not hasattr(current, "as_instanceof_cause"):
             return current
+        # Only what a wrapper names as its cause: a context may hold errors that were dealt with.
+        cause = getattr(current, "cause", None)
+        system_error = cause if isinstance(cause, OSError) else system_error
         failures = getattr(current, "worker_failures", None)
-        nested = [getattr(current, "cause", None), current.__cause__, current.__context__]
+        nested = [cause, current.__cause__, current.__context__]
         nested += list(failures.values()) if isinstance(failures, dict) else []
         waiting += [each for each in nested if isinstance(each, BaseException)]
-    return error
+    return system_error or error

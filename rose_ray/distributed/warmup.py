@@ -85,7 +85,7 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
                 num_workers=job.warmup.workers, use_gpu=job.device == "cuda", resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name="warmup", storage_path=_train_storage(job, storage), failure_config=FailureConfig(max_failures=0)
+                name="warmup", failure_config=FailureConfig(max_failures=0), **_train_storage(job, storage)
             ),
         )
         try:
@@ -96,23 +96,25 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
     return checkpoints
 
 
-def _train_storage(job: WarmupJob, local: str) -> str:
+def _train_storage(job: WarmupJob, local: str) -> dict[str, Any]:
     # Ray Train keeps its own small state beside the run. Several nodes need a place that all of them see.
     import ray
 
     if len([node for node in ray.nodes() if node["Alive"]]) == 1:
-        return local
-    root = job.workspace.root
-    return root.name if "://" in root.name else os.path.join(root.path, "ray_train")
+        return {"storage_path": local}
+    root = job.workspace.location(f"{job.folder}/ray_train")
+    return {"storage_path": root.path, "storage_filesystem": root.filesystem}
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the whole training, one report per epoch."""
-    import ray.train
+    import ray.train.torch
 
     job: WarmupJob = config["job"]
     context = ray.train.get_context()
     torch.set_num_threads(job.threads)
+    if job.device == "cuda":
+        torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see all of its GPUs
     trainer = _Trainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
     checkpoints: list[dict[str, Any]] = []
     for epoch in range(1, job.warmup.epochs + 1):

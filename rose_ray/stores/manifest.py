@@ -123,7 +123,7 @@ def read_manifest(workspace: Workspace, folder: str) -> Manifest:
     try:
         files = [FileRecord(**record) for record in content.pop("files")]
         manifest = Manifest(files=files, **content)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise AlteredFileError(
             f"{folder}/{MANIFEST_FILE}: not a manifest ({error}). Delete the folder and run again."
         ) from error

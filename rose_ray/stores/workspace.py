@@ -71,7 +71,7 @@ class Workspace:
         if not self.exists(_FORMAT_FILE):
             return False
         content = self.read_json(_FORMAT_FILE)
-        version = content.get("format")
+        version = content.get("format") if isinstance(content, dict) else content
         if not isinstance(version, int):
             raise StoreError(
                 f"{self.root.name}/{_FORMAT_FILE}: expected a whole number at 'format', found {version!r}."
