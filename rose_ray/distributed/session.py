@@ -96,13 +96,18 @@ def root_cause(error: BaseException) -> BaseException:
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, RoseError) and not hasattr(current, "as_instanceof_cause"):
+        if isinstance(current, RoseError) and not _is_wrapper(current):
             return current
         # Only what a wrapper names as its cause: a context may hold errors that were dealt with.
         cause = getattr(current, "cause", None)
-        system_error = cause if isinstance(cause, OSError) else system_error
+        system_error = cause if isinstance(cause, OSError) and not _is_wrapper(cause) else system_error
         failures = getattr(current, "worker_failures", None)
         nested = [cause, current.__cause__, current.__context__]
         nested += list(failures.values()) if isinstance(failures, dict) else []
         waiting += [each for each in nested if isinstance(each, BaseException)]
     return system_error or error
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    # Ray raises a class made of its own and the cause's, which holds a traceback in place of the message.
+    return hasattr(error, "as_instanceof_cause")

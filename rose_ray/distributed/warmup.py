@@ -178,12 +178,12 @@ class _Trainer:
         # Dropout's own stream: the same whatever ran before, another for each step and worker.
         torch.manual_seed(1_000_003 * self.job.warmup.seed + 1_009 * self.num_updates + self.rank)
         own = step.micro_batches[self.rank]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         for number, micro_batch in enumerate(own):
             batch = pad_batch([self.samples[row] for row in micro_batch.rows], device=self.job.device)
             losses_B = sample_values(self.engine, batch, "mean_loss")
             if micro_batch.counts:
-                total += losses_B.detach().double().sum().cpu()
+                total += losses_B.detach().double().sum()
             self.engine.set_gradient_accumulation_boundary(number == len(own) - 1)
             # DeepSpeed averages over the workers; the factor turns that into the mean over the step's samples.
             weight = self.num_workers / step.num_samples if micro_batch.counts else 0.0
