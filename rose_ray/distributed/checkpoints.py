@@ -171,8 +171,10 @@ def _commit_warmup(
     started: float,
 ) -> Manifest:
     for checkpoint in checkpoints:
-        location = job.workspace.location(f"{folder}/{checkpoint['name']}")
-        checkpoint["adapter"] = adapter_digest(location)
+        digest = adapter_digest(job.workspace.location(f"{folder}/{checkpoint['name']}"))
+        # Adapters trained elsewhere may agree in their weights and differ in their scale.
+        own = job.config.warmup.adapters is not None
+        checkpoint["adapter"] = artefact_key({"adapter": digest, "alpha": job.config.lora.alpha}) if own else digest
     facts = {"checkpoints": checkpoints, "adam_eps": job.config.warmup.adam_eps}
     counts = {"rows": num_rows, "trained": num_rows - num_rejected, "rejected": num_rejected}
     return commit_artefact(job.workspace, "warmup", made_from, files, counts, facts, started=started, folder=folder)

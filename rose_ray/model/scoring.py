@@ -100,8 +100,11 @@ class ScoringModel:
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The untouched base model: the reference of DPO."""
-        with self.module.disable_adapter():  # type: ignore[operator]
-            yield
+        try:
+            with self.module.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            self.module.requires_grad_(False)  # PEFT makes an adapter trainable when it comes back
 
     def sample_values(self, batch: Batch, reduction: Reduction) -> Tensor:
         """Return each sample's value: see ``sample_values``."""

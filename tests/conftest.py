@@ -1,0 +1,54 @@
+"""Small things that many tests share. Nothing here needs the network or Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.tiny import byte_level_tokenizer, make_pair_rows, make_pool_rows, save_base, tiny_config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # tiny tensors: handing them to threads costs more than the sums
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """See `byte_level_tokenizer`."""
+    return byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], str]:
+    """Folder of a tiny base model of a given architecture, made when it is first asked for."""
+
+    @cache
+    def make(architecture: str) -> str:
+        folder = tmp_path_factory.mktemp(architecture)
+        return save_base(folder, tiny_config(architecture, len(tokenizer)), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(base_of: Callable[[str], str]) -> str:
+    """Folder of the tiny Llama."""
+    return base_of("llama")
+
+
+@pytest.fixture(scope="session")
+def pool_rows() -> list[dict[str, Any]]:
+    """24 records of a pool."""
+    return make_pool_rows(24)
+
+
+@pytest.fixture(scope="session")
+def pair_rows() -> list[dict[str, Any]]:
+    """6 records of preference pairs."""
+    return make_pair_rows(6)

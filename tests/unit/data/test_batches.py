@@ -1,0 +1,46 @@
+"""Which samples go through the model together."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from rose_ray.data.batches import length_batches, padding_fraction
+
+
+def test_every_sample_is_in_one_batch_and_none_is_over_the_bound() -> None:
+    random = Random(0)
+    for _ in range(50):
+        lengths = [random.randint(1, 60) for _ in range(random.randint(1, 40))]
+        bound = random.randint(10, 200)
+        batches = length_batches(lengths, bound)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= bound
+
+
+def test_longest_first_and_ties_keep_their_order() -> None:
+    assert length_batches([3, 9, 3, 9, 5], 18) == [[1, 3], [4, 0, 2]]
+    assert length_batches([4, 4, 4], 100) == [[0, 1, 2]]
+
+
+def test_a_sample_over_the_bound_goes_alone() -> None:
+    assert length_batches([50, 2, 3], 10) == [[0], [2, 1]]
+
+
+def test_sides_of_a_pair_stay_together_in_their_order() -> None:
+    random = Random(1)
+    lengths = [random.randint(1, 30) for _ in range(24)]
+    for bound in (1, 40, 100, 10**6):
+        for batch in length_batches(lengths, bound, multiple=2):
+            assert all(odd == even + 1 and even % 2 == 0 for even, odd in zip(batch[::2], batch[1::2], strict=True))
+
+
+def test_no_samples_make_no_batches() -> None:
+    assert length_batches([], 10) == []
+    assert padding_fraction([], []) == 0.0
+
+
+def test_padding_fraction() -> None:
+    assert padding_fraction([4, 2, 6], [[0, 1], [2]]) == pytest.approx(1 - 12 / 14)

@@ -1,0 +1,149 @@
+"""Base model, tokenizer and template: loaded, told apart, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.data.chat import TULU_TEMPLATE
+from rose_ray.errors import ModelError
+from rose_ray.model.base import (
+    attach_adapter,
+    base_digest,
+    chat_template,
+    load_base,
+    load_tokeniser,
+    load_tokenizer,
+    resolve_base,
+)
+from rose_ray.model.layout import adapter_parameters
+from tests.tiny import CHAT_TEMPLATE
+
+
+@pytest.fixture
+def copied(base_folder: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_folder, tmp_path / "base"))
+
+
+def _config(base: Any, **settings: Any) -> ModelConfig:
+    return ModelConfig(base=str(base), **settings)
+
+
+def _edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_folder_is_its_absolute_path(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied.parent)
+    assert resolve_base(_config("base")) == str(copied)
+
+
+def test_a_name_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"model.base: 'no/such-model' is no folder here, and the hub gave"):
+        resolve_base(_config("no/such-model"))
+
+
+def test_the_digest_stands_for_weights_and_configuration(copied: Path, base_folder: str) -> None:
+    first = base_digest(str(copied))
+    assert first == base_digest(base_folder)
+    _edit_json(copied / "tokenizer_config.json", added=1)
+    assert base_digest(str(copied)) == first
+    _edit_json(copied / "config.json", rms_norm_eps=1e-3)
+    second = base_digest(str(copied))
+    weights = copied / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert len({first, second, base_digest(str(copied))}) == 3
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"no \*.safetensors file"):
+        base_digest(str(copied))
+
+
+def test_a_tokenizer_without_padding_uses_its_end_token(copied: Path) -> None:
+    assert load_tokenizer(_config(copied)).pad_token == "<|pad|>"
+    _edit_json(copied / "tokenizer_config.json", pad_token=None)
+    assert load_tokenizer(_config(copied)).pad_token == "<|end|>"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load its tokenizer"):
+        load_tokenizer(_config(tmp_path))
+
+
+def test_the_three_kinds_of_template(copied: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(_config(copied))
+    own = chat_template(_config(copied), tokenizer)
+    assert (own.source, own.bos_token, own.eos_token) == (CHAT_TEMPLATE, "<|begin|>", "<|end|>")
+    assert set(own.end_tokens) == {"<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"}
+    assert chat_template(_config(copied, template="tulu"), tokenizer).source == TULU_TEMPLATE
+    file = tmp_path / "my.jinja"
+    file.write_text("{{ messages }}", encoding="utf-8")
+    assert chat_template(_config(copied, template=str(file)), tokenizer).source == "{{ messages }}"
+
+
+def test_tulu_begins_as_the_tokenizer_itself_would(copied: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(_config(copied))
+    template = _config(copied, template="tulu")
+    assert chat_template(template, tokenizer).bos_token == ""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    assert chat_template(template, tokenizer).bos_token == "<|begin|>"
+
+
+def test_templates_that_are_not_there_are_refused(copied: Path) -> None:
+    tokenizer = load_tokenizer(_config(copied))
+    tokenizer.chat_template = None
+    with pytest.raises(
+        ModelError, match=r"model.template: tokenizer, but the tokenizer of '.*base' has no chat template"
+    ):
+        chat_template(_config(copied), tokenizer)
+    with pytest.raises(ModelError, match=r"'no.jinja' is neither tokenizer nor tulu nor a readable file: No such file"):
+        chat_template(_config(copied, template="no.jinja"), tokenizer)
+
+
+def test_the_tokeniser_has_the_configured_limit_and_tail(base_folder: str) -> None:
+    tokeniser = load_tokeniser(_config(base_folder, max_tokens=99, loss_on_turn_tail=True))
+    assert tokeniser.max_tokens == 99 and tokeniser.template.loss_on_turn_tail
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_frozen_in_its_type_and_the_adapter_is_float32(dtype: str, base_folder: str) -> None:
+    base = load_base(_config(base_folder, dtype=dtype))
+    assert {p.dtype for p in base.parameters()} == {getattr(torch, dtype)}
+    assert not any(p.requires_grad for p in base.parameters()) and base.config.use_cache is False  # type: ignore[union-attr]
+    lora = LoraConfig(rank=2, alpha=6.0, target_modules=["q_proj"])
+    model = attach_adapter(base, lora, dropout=0.25)
+    adapter = adapter_parameters(model)
+    assert {p.dtype for p in adapter.values()} == {torch.float32}
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    layer = base.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.scaling["default"] == 3.0 and layer.lora_dropout["default"].p == 0.25  # type: ignore[index,union-attr]
+
+
+def test_a_float64_model_has_a_float64_adapter(base_folder: str) -> None:
+    model = attach_adapter(load_base(_config(base_folder), dtype=torch.float64), LoraConfig(rank=2), dropout=0.0)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_the_meta_device_reads_no_weights(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    assert {p.device.type for p in load_base(_config(copied), device="meta").parameters()} == {"meta"}
+    with pytest.raises(ModelError, match="cannot load it as a causal language model"):
+        load_base(_config(copied))
+
+
+def test_lora_targets_that_the_model_lacks_are_named(base_folder: str) -> None:
+    base = load_base(_config(base_folder), device="meta")
+    with pytest.raises(ModelError, match=r"no linear layer \['c_attn', 'wq'\]; it has \['down_proj', .*'v_proj'\]"):
+        attach_adapter(base, LoraConfig(target_modules=["wq", "q_proj", "c_attn"]), dropout=0.0)

@@ -1,0 +1,144 @@
+"""Rows that cannot be scored, and the table that the others make. The numbers: tests/equivalence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig
+from rose_ray.data.conversation import Conversation, Message, canonical_json
+from rose_ray.errors import ConfigError
+from rose_ray.kernels.projection import make_projection
+from rose_ray.model.base import attach_adapter, load_base, load_tokeniser
+from rose_ray.model.checkpoint import Checkpoint, OptimizerState
+from rose_ray.model.layout import layout_of
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
+from rose_ray.stages.features import DirectionSettings, ShardFeatures, read_samples, shard_features, tokenize_shard
+from tests import oracles
+from tests.tiny import make_samples
+
+LORA = LoraConfig(rank=2, alpha=4.0, target_modules=["q_proj"])
+SAMPLES = make_samples((9, 14, 6), 330)
+
+
+@pytest.fixture(scope="module")
+def model(base_folder: str) -> ScoringModel:
+    return ScoringModel(
+        attach_adapter(load_base(ModelConfig(base=base_folder, dtype="float32")), LORA, dropout=0), "cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model: ScoringModel) -> list[Checkpoint]:
+    return [
+        Checkpoint(
+            f"checkpoint-{seed}",
+            oracles.random_adapter(model.module, seed),
+            *oracles.random_moments(model.module, seed),
+            OptimizerState(5, 1e-3, 0.9, 0.999, 1e-8, 1.0, seed),
+        )
+        for seed in (1, 2)
+    ]
+
+
+def _tokens(samples: Any = SAMPLES) -> pa.Table:
+    return pa.Table.from_pylist([{"row_id": f"r{n}", **s.__dict__} for n, s in enumerate(samples)], schema=TOKENS)
+
+
+def _features(
+    model: ScoringModel,
+    checkpoints: list[Checkpoint],
+    tokens: pa.Table | None = None,
+    mode: AdamMode = "torch",
+    stored_dtype: str = "float32",
+) -> ShardFeatures:
+    layout = layout_of(model.module)
+    projection = make_projection("sketch", 16, 0, layout.num_parameters)
+    settings = DirectionSettings(mode, stored_dtype, max_batch_tokens=64)
+    return shard_features(model, _tokens() if tokens is None else tokens, checkpoints, layout, projection, settings)
+
+
+def test_rows_that_cannot_be_tokenised_are_rejected_in_the_shard_s_order(base_folder: str) -> None:
+    prompts = ["short", "long " * 60, "short too", "long " * 50]
+    conversations = [
+        canonical_json(Conversation((Message("user", prompt), Message("assistant", "stone")))) for prompt in prompts
+    ]
+    shard = pa.table({"row_id": list("abcd"), "conversation": conversations})
+    tokens, rejected = tokenize_shard(shard, load_tokeniser(ModelConfig(base=base_folder, max_tokens=40)))
+    assert tokens.schema == TOKENS and tokens["row_id"].to_pylist() == ["a", "c"]
+    assert rejected.schema == FEATURE_REJECTED
+    assert [(row["row_id"], row["reason"]) for row in rejected.to_pylist()] == [
+        ("b", "prompt_too_long"),
+        ("d", "prompt_too_long"),
+    ]
+
+
+def test_samples_survive_the_table() -> None:
+    samples = [replace(SAMPLES[0], num_tokens_cut=7), *SAMPLES[1:]]
+    assert read_samples(_tokens(samples)) == samples
+
+
+@pytest.mark.parametrize("stored_dtype", ["float16", "float32"])
+def test_tables_have_the_schema_and_the_same_rows(
+    stored_dtype: str, model: ScoringModel, checkpoints: list[Checkpoint]
+) -> None:
+    features = _features(model, checkpoints, stored_dtype=stored_dtype)
+    assert features.rejected.schema == FEATURE_REJECTED and features.rejected.num_rows == 0
+    for table in features.tables:
+        expected = features_schema(16, pa.from_numpy_dtype(np.dtype(stored_dtype)))
+        assert table.schema.equals(expected, check_metadata=True)
+        assert table["row_id"].to_pylist() == ["r0", "r1", "r2"]
+        table.validate(full=True)
+    assert features.tables[0]["loss"] != features.tables[1]["loss"]
+
+
+def test_a_shard_without_rows_gives_empty_tables(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    features = _features(model, checkpoints, TOKENS.empty_table())
+    assert [table.num_rows for table in features.tables] == [0, 0]
+    assert features.rejected.num_rows == 0
+
+
+def test_a_row_that_fails_at_one_checkpoint_is_rejected_at_all(
+    model: ScoringModel, checkpoints: list[Checkpoint]
+) -> None:
+    broken = {name: tensor * float("nan") for name, tensor in checkpoints[1].adapter.items()}
+    features = _features(model, [checkpoints[0], replace(checkpoints[1], adapter=broken)])
+    assert [table.num_rows for table in features.tables] == [0, 0]
+    rows = features.rejected.to_pylist()
+    assert [row["row_id"] for row in rows] == ["r0", "r1", "r2"]
+    assert {(row["reason"], row["detail"]) for row in rows} == {("non_finite_loss", "loss nan at checkpoint-2")}
+
+
+def test_infinite_directions_are_rejected(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    assert checkpoints[0].exp_avg is not None
+    endless = {name: torch.full_like(tensor, float("inf")) for name, tensor in checkpoints[0].exp_avg.items()}
+    features = _features(model, [replace(checkpoints[0], exp_avg=endless)])
+    assert {row["reason"] for row in features.rejected.to_pylist()} == {"non_finite_gradient"}
+
+
+def test_zero_directions_are_rejected(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in checkpoints[0].adapter.items()}
+    features = _features(model, [replace(checkpoints[0], adapter=nothing)], mode="sgd")  # both factors zero
+    assert [(row["reason"], row["detail"]) for row in features.rejected.to_pylist()] == [
+        ("zero_direction", "the direction is zero at checkpoint-1")
+    ] * 3
+
+
+def test_only_sgd_does_without_moments(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    bare = replace(checkpoints[0], exp_avg=None, exp_avg_sq=None, state=None)
+    (alone,), (full,) = (_features(model, [each], mode="sgd").tables for each in (bare, checkpoints[0]))
+    assert alone == full and alone["momentum_share"].to_pylist() == [0.0] * 3
+    for mode in ("torch", "less_code", "v_only"):
+        with pytest.raises(ConfigError, match=f"Adam mode '{mode}' needs exp_avg"):
+            _features(model, [bare], mode=mode)  # type: ignore[arg-type]
+
+
+def test_checkpoints_do_not_leave_traces_in_each_other(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    first, second = (_features(model, order).tables for order in (checkpoints, checkpoints[::-1]))
+    assert first == second[::-1]

@@ -1,0 +1,203 @@
+"""Features times bank: accounting, order, and the table. The numbers on real gradients: tests/equivalence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rose_ray.config.models import PairInput, TargetConfig
+from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceMismatchError
+from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema, scores_schema
+from rose_ray.stages.score import ShardRows, check_same_space, normalized_features, score_rows, target_directions
+from rose_ray.stores.features import StoredShard
+from tests import oracles
+
+DIM = 12
+RATES = [3e-5, 1e-5]
+SUBTASKS = ["b", "a", "b"]
+FLOAT32 = 2e-7
+"""Scores are stored as float32 numbers of at most 1 in size."""
+
+
+def _features(row_ids: Sequence[str], seed: int, dtype: Any = np.float32) -> pa.Table:
+    """Features of rows; the same row has the same feature wherever it stands."""
+    vectors = [np.random.default_rng([seed, sum(map(ord, row_id))]).normal(size=DIM) for row_id in row_ids]
+    unit = [vector / np.linalg.norm(vector) for vector in vectors]
+    size = len(row_ids)
+    columns = [
+        pa.array(row_ids, pa.string()),
+        pa.FixedSizeListArray.from_arrays(pa.array(np.array(unit).astype(dtype).reshape(-1)), DIM),
+        pa.array([float(seed)] * size),
+        pa.array([0.5 * seed] * size, pa.float32()),
+        pa.array([1.0] * size, pa.float32()),
+        pa.array(range(1, size + 1), pa.int32()),
+        pa.array(range(10, 10 + size), pa.int32()),
+        pa.array([0] * size, pa.int32()),
+    ]
+    return pa.Table.from_arrays(columns, schema=features_schema(DIM, pa.from_numpy_dtype(np.dtype(dtype))))
+
+
+def _bank(seed: int, subtasks: Sequence[str] = SUBTASKS) -> pa.Table:
+    random = np.random.default_rng(100 + seed)
+    w, l = (random.normal(size=(len(subtasks), DIM)).astype(np.float32) for _ in range(2))  # noqa: E741
+    rows = [
+        {
+            "pair_id": f"p{v}",
+            "subtask": subtask,
+            "gradient_w": w[v],
+            "gradient_l": l[v],
+            "norm_w": float(np.linalg.norm(w[v].astype(float))),
+            "norm_l": float(np.linalg.norm(l[v].astype(float))),
+            "dot_wl": float(w[v].astype(float) @ l[v]),
+            "num_tokens_w": 4,
+            "num_tokens_l": 6,
+            "num_tokens_cut_w": 0,
+            "num_tokens_cut_l": 0,
+            **dict.fromkeys(("logps_w", "logps_l", "reference_logps_w", "reference_logps_l"), -9.0),
+        }
+        for v, subtask in enumerate(subtasks)
+    ]
+    return pa.Table.from_pylist(rows, schema=bank_schema(DIM))
+
+
+def _shard(
+    name: str, wanted: Sequence[str], stored: Sequence[str] | None = None, rejected: Sequence[str] = ()
+) -> ShardRows:
+    ids = wanted if stored is None else stored
+    reasons = [{"row_id": row_id, "reason": "zero_direction", "detail": "d"} for row_id in rejected]
+    shard = StoredShard(
+        [_features(ids, seed) for seed in (1, 2)], pa.Table.from_pylist(reasons, schema=FEATURE_REJECTED)
+    )
+    return ShardRows(name, list(wanted), [f"source {row_id}" for row_id in wanted], lambda: shard)
+
+
+def _target(**settings: Any) -> TargetConfig:
+    return TargetConfig(name="t", pairs=[PairInput(files=["f"])], **settings)
+
+
+def _scored(*shards: ShardRows, **settings: Any) -> pa.Table:
+    return score_rows(shards, [_bank(1), _bank(2)], RATES, _target(**settings)).table
+
+
+def test_scores_are_weighted_cosines_mean_over_shots_and_the_best_subtask() -> None:
+    table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]))
+    assert table.schema.equals(scores_schema(["b", "a"]), check_metadata=True)
+    features = [[_features(["u", "v", "w"], seed)["feature"].to_pylist()] for seed in (1, 2)]
+    directions = [
+        np.array(bank["gradient_l"].to_pylist()) - np.array(bank["gradient_w"].to_pylist())
+        for bank in (_bank(1), _bank(2))
+    ]
+    subtasks, scores = oracles.scores(np.array(features)[:, 0], np.array(directions), [0.75, 0.25], SUBTASKS)
+    np.testing.assert_allclose(table["subtask_b"].to_numpy(), subtasks[:, 0], atol=FLOAT32)
+    np.testing.assert_allclose(table["subtask_a"].to_numpy(), subtasks[:, 1], atol=FLOAT32)
+    np.testing.assert_allclose(table["score"].to_numpy(), scores, atol=FLOAT32)
+    assert table["rank"].to_pylist() == (1 + np.argsort(np.argsort(-scores))).tolist()
+    mean = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]), aggregation="mean")
+    np.testing.assert_allclose(mean["score"].to_numpy(), subtasks.mean(1), atol=FLOAT32)
+
+
+def test_the_other_columns_are_the_rows_own() -> None:
+    table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]))
+    assert table["row_id"].to_pylist() == ["u", "v", "w"]
+    assert table["source"].to_pylist() == ["source u", "source v", "source w"]
+    assert table["shard"].to_pylist() == ["s0", "s0", "s1"]
+    assert table["num_tokens"].to_pylist() == [10, 11, 10]
+    assert table["num_labelled_tokens"].to_pylist() == [1, 2, 1]
+    assert table["gradient_norm"].to_pylist() == [1.5] * 3 and table["momentum_share"].to_pylist() == [0.75] * 3
+
+
+def test_rows_that_are_not_wanted_are_passed_over() -> None:
+    whole = {row["row_id"]: row for row in _scored(_shard("s", ["u", "v", "w"])).to_pylist()}
+    part = _scored(_shard("s", ["u", "w"], stored=["u", "v", "w"], rejected=[])).to_pylist()
+    assert [row["row_id"] for row in part] == ["u", "w"]
+    assert all(row["score"] == whole[row["row_id"]]["score"] for row in part)
+    assert sorted(row["rank"] for row in part) == [1, 2]
+
+
+def test_rejected_rows_are_handed_on() -> None:
+    shard = _shard("s", ["u", "v", "w"], stored=["u", "w"], rejected=["v", "not wanted"])
+    result = score_rows([shard], [_bank(1), _bank(2)], RATES, _target())
+    assert result.table["row_id"].to_pylist() == ["u", "w"] and result.subtasks == ["b", "a"]
+    assert result.rejected.to_pylist() == [{"row_id": "v", "reason": "zero_direction", "detail": "d"}]
+
+
+def test_a_row_that_is_neither_scored_nor_rejected_stops_the_run() -> None:
+    shard = _shard("s7", ["u", "v", "w"], stored=["u", "w"])
+    with pytest.raises(AccountingError, match="shard s7: 3 rows wanted, 2 scored, 0 rejected"):
+        _scored(shard)
+
+
+def test_checkpoints_that_hold_different_rows_stop_the_run() -> None:
+    shard = _shard("s7", ["u", "v"])
+    tables = shard.load().tables
+    broken = StoredShard([tables[0], tables[1].take([1, 0])], FEATURE_REJECTED.empty_table())
+    with pytest.raises(AlteredFileError, match="shard s7: its checkpoints hold different rows"):
+        _scored(ShardRows("s7", ["u", "v"], ["", ""], lambda: broken))
+
+
+def test_a_pool_of_which_nothing_can_be_scored_stops_the_run() -> None:
+    with pytest.raises(DataError, match=r"none of 2 rows could be scored; first reason: .*zero_direction"):
+        _scored(_shard("s", ["u", "v"], stored=[], rejected=["u", "v"]))
+
+
+def test_equal_scores_are_ranked_by_row_id() -> None:
+    # row ids that are anagrams have equal features here
+    table = _scored(_shard("s", ["cab", "zz", "abc", "bca"]))
+    by_rank = [row["row_id"] for row in sorted(table.to_pylist(), key=lambda row: row["rank"]) if row["row_id"] != "zz"]
+    assert len({row["score"] for row in table.to_pylist()}) == 2 and by_rank == ["abc", "bca", "cab"]
+
+
+def test_shards_are_loaded_one_after_another() -> None:
+    loaded: list[str] = []
+
+    def shards() -> Any:
+        for name in ("s0", "s1"):
+            shard = _shard(name, [name])
+            yield ShardRows(
+                name, shard.row_ids, shard.sources, lambda shard=shard: loaded.append(shard.shard) or shard.load()
+            )
+            assert loaded[-1] == name
+
+    assert score_rows(shards(), [_bank(1), _bank(2)], RATES, _target()).table.num_rows == 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_normalisation_of_stored_features(dtype: Any) -> None:
+    table = _features(["u", "v"], 3, dtype)
+    stored = np.array(table["feature"].to_pylist(), dtype=np.float32)
+    assert np.array_equal(normalized_features(table, "exact"), stored)
+    np.testing.assert_allclose(normalized_features(table, "none"), 3.0 * stored)
+    np.testing.assert_allclose(np.linalg.norm(normalized_features(table, "projected"), axis=1), 1, rtol=1e-6)
+
+
+def test_a_table_of_several_chunks_or_a_slice_is_read_right() -> None:
+    whole = _features(["u", "v", "w"], 1)
+    expected = normalized_features(whole, "exact")
+    chunked = pa.concat_tables([_features(["u"], 1), _features(["v", "w"], 1)])
+    assert np.array_equal(normalized_features(chunked, "exact"), expected)
+    assert np.array_equal(normalized_features(whole.slice(1), "exact"), expected[1:])
+    assert np.array_equal(normalized_features(whole.take([2, 0]), "exact"), expected[[2, 0]])
+
+
+def test_a_subtask_s_weighted_pairs_become_one_column() -> None:
+    (direction, _) = target_directions([_bank(1), _bank(2)], _target(objective="dpo_weighted"))
+    assert direction.subtasks == ("b", "a") and direction.vectors_UD.shape == (2, DIM)
+    table = _scored(_shard("s", ["u"]), objective="dpo_weighted")
+    assert {"subtask_a", "subtask_b"} < set(table.column_names)
+
+
+def test_vectors_of_different_spaces_are_not_multiplied() -> None:
+    space = {"base": "b0", "adapters": ["a1", "a2"], "layout": "l", "projection": "sketch/v1/dim=8/seed=0"}
+    check_same_space(space, dict(space))
+    other = {**space, "projection": "sketch/v1/dim=8/seed=1", "adapters": ["a1"]}
+    with pytest.raises(SpaceMismatchError) as caught:
+        check_same_space(space, other)
+    message = str(caught.value)
+    assert "projection: features 'sketch/v1/dim=8/seed=0', bank 'sketch/v1/dim=8/seed=1'" in message
+    assert "adapters: features ['a1', 'a2'], bank ['a1']" in message and "layout" not in message
+    with pytest.raises(SpaceMismatchError, match="extra: features None, bank 1"):
+        check_same_space(space, {**space, "extra": 1})

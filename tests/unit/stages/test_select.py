@@ -1,0 +1,176 @@
+"""Score tables to a training set: which rows, in which form, and what a person is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rose_ray.config.models import SelectionConfig
+from rose_ray.errors import AccountingError, ConfigError
+from rose_ray.schemas import SELECTED, scores_schema
+from rose_ray.stages.select import (
+    Candidates,
+    choose,
+    joint_candidates,
+    selected_rows,
+    selection_summary,
+    target_candidates,
+    training_jsonl,
+)
+
+ROWS = [  # row_id, source, tokens, first, second
+    ("a", "x", 10, 0.9, 0.0),
+    ("b", "x", 20, 0.8, 0.1),
+    ("c", "y", 30, 0.1, 0.7),
+    ("d", "y", 40, 0.2, 0.6),
+    ("e", "z", 50, -0.1, -0.2),
+]
+
+
+def _scores(rows: list[tuple[Any, ...]] = ROWS, factor: float = 1.0) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "row_id": row_id,
+                "source": source,
+                "num_tokens": tokens,
+                "num_labelled_tokens": tokens // 2,
+                "gradient_norm": 1.0,
+                "momentum_share": 0.5,
+                "subtask_first": factor * first,
+                "subtask_second": factor * second,
+                "score": factor * max(first, second),
+                "rank": 0,
+                "shard": "s",
+            }
+            for row_id, source, tokens, first, second in rows
+        ],
+        schema=scores_schema(["first", "second"]),
+    )
+
+
+def _candidates(num_pool_rows: int = 5) -> Candidates:
+    return target_candidates(_scores(), ["first", "second"], num_pool_rows)
+
+
+def _chosen(candidates: Candidates | None = None, **settings: Any) -> list[str]:
+    candidates = candidates or _candidates()
+    return [candidates.row_ids[i] for i in choose(candidates, SelectionConfig(**settings))]
+
+
+def _selected(**records: str) -> pa.Table:
+    contents = {row[0]: ("{}", json.dumps({"id": row[0]})) for row in ROWS} | {k: ("{}", v) for k, v in records.items()}
+    return selected_rows(_candidates(), np.array([2, 0]), contents)
+
+
+def test_top_k_takes_the_best_scores() -> None:
+    assert _chosen(count=3) == ["a", "b", "c"]
+    assert _chosen(fraction=0.4) == ["a", "b"]
+
+
+def test_a_fraction_is_taken_of_the_whole_pool() -> None:
+    assert len(_chosen(_candidates(num_pool_rows=10), fraction=0.4)) == 4
+    assert len(_chosen(_candidates(num_pool_rows=60))) == 3  # 5 % where nothing is set
+
+
+def test_a_token_budget_ends_at_the_first_row_that_does_not_fit() -> None:
+    assert _chosen(tokens=35) == ["a", "b"]
+    assert _chosen(tokens=60) == ["a", "b", "c"]
+
+
+def test_subtasks_take_turns() -> None:
+    assert _chosen(count=4, method="round_robin") == ["a", "c", "b", "d"]
+
+
+def test_sources_in_out_and_quotas() -> None:
+    assert _chosen(count=2, include_sources=["y"]) == ["c", "d"]
+    assert _chosen(count=2, exclude_sources=["x"]) == ["c", "d"]
+    assert _chosen(count=4, source_quotas={"x": 0.25}) == ["a", "c", "d", "e"]
+    with pytest.raises(ConfigError, match="source 'xx' of the source rules is not in the pool; did you mean 'x'"):
+        _chosen(count=1, exclude_sources=["xx"])
+
+
+def test_more_than_there_is_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        _chosen(count=6)
+
+
+def test_a_joint_set_lets_targets_take_turns_and_lists_the_best_score() -> None:
+    other = _scores([(i, s, t, second, first) for i, s, t, first, second in ROWS], factor=0.5)
+    reversed_scores = other.set_column(
+        other.schema.get_field_index("score"),
+        other.schema.field("score"),
+        pa.array([0.0, 0.1, 0.2, 0.3, 1.0], pa.float32()),
+    )
+    candidates = joint_candidates({"hh": _scores(), "se": reversed_scores}, 5)
+    assert candidates.choice_names == ["hh", "se"]
+    assert candidates.scores_N == pytest.approx([0.9, 0.8, 0.7, 0.6, 1.0])
+    assert _chosen(candidates, count=4, method="round_robin") == ["a", "e", "b", "d"]
+    table = selected_rows(candidates, np.array([0, 4]), {row[0]: ("{}", "{}") for row in ROWS})
+    assert table["best_for"].to_pylist() == ["hh", "se"]
+
+
+def test_a_joint_set_of_tables_with_other_rows_is_refused() -> None:
+    with pytest.raises(AccountingError, match="the score table of se holds other rows than that of hh"):
+        joint_candidates({"hh": _scores(), "se": _scores(ROWS[:4])}, 5)
+
+
+def test_selected_rows_keep_the_order_of_choice() -> None:
+    table = _selected()
+    assert table.schema.equals(SELECTED, check_metadata=True)
+    rows = table.to_pylist()
+    assert [(row["place"], row["row_id"], row["best_for"], row["num_tokens"]) for row in rows] == [
+        (1, "c", "second", 30),
+        (2, "a", "first", 10),
+    ]
+    assert rows[1]["score"] == pytest.approx(0.9)
+
+
+def test_records_keep_their_text_and_gain_one_key() -> None:
+    text = '{"id": 12345678901234567890, "x": 1.10, "y": "é\\u00e9"}'
+    lines = training_jsonl(_selected(c=text)).decode().splitlines()
+    assert lines[0].startswith(text[:-1] + ', "rose_ray": {"row_id": "c", ')
+    added = json.loads(lines[0])["rose_ray"]
+    assert added == {"row_id": "c", "score": pytest.approx(0.7), "place": 1, "source": "y"}
+
+
+def test_a_record_over_several_lines_becomes_one() -> None:
+    lines = training_jsonl(_selected(c='{\n  "text": "a\\nb  c",\n  "n": [1,\n 2]\n}\n', a="{ }")).decode().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[0])["text"] == "a\nb  c" and json.loads(lines[0])["n"] == [1, 2]
+    assert list(json.loads(lines[1])) == ["rose_ray"]
+
+
+def test_a_record_that_has_the_key_already_is_refused() -> None:
+    with pytest.raises(ConfigError, match="row c: its record has a key 'rose_ray' already"):
+        training_jsonl(_selected(c='{"rose_ray": 1}'))
+
+
+def test_the_summary_gives_shares_correlations_and_warnings() -> None:
+    candidates = _candidates()
+    columns = {"num_tokens": candidates.num_tokens_N, "constant": np.ones(5)}
+    summary = selection_summary(candidates, columns, np.array([0, 1, 4]))
+    assert (summary["num_selected"], summary["num_scored"], summary["num_tokens"]) == (3, 5, 80)
+    assert summary["sources"]["x"] == {
+        "pool": 2,
+        "pool_share": 0.4,
+        "selected": 2,
+        "selected_share": pytest.approx(2 / 3),
+    }
+    assert summary["sources"]["y"]["selected"] == 0
+    assert summary["score"] == {
+        "highest": pytest.approx(0.9),
+        "lowest": pytest.approx(-0.1),
+        "mean": pytest.approx(1.6 / 3),
+    }
+    assert summary["spearman_of_score"] == {"num_tokens": pytest.approx(-1.0), "constant": None}
+    assert summary["warnings"] == [
+        "1 of 3 selected rows have scores that are not positive: to first order they lower the reward margin or leave "
+        "it. Select less."
+    ]
+    assert selection_summary(candidates, {}, np.array([0, 1]))["warnings"] == []
+    json.dumps(summary)
