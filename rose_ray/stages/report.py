@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 
 from rose_ray.config.models import JobConfig
+from rose_ray.data.conversation import parse_conversation
 from rose_ray.errors import DataError, StoreError
 from rose_ray.kernels.influence import checkpoint_weights
+from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
 from rose_ray.stores.manifest import Manifest, read_manifest
@@ -77,7 +80,7 @@ def status_lines(workspace: Workspace) -> Iterator[str]:
 
 
 def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:
-    """Show a row's record and its influence per target, pair and checkpoint.
+    """Show a row's conversation, shortened, and its influence per target, pair and checkpoint.
 
     Args:
         workspace: Of a finished run.
@@ -96,6 +99,7 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         scores = read_manifest(workspace, stages[f"score {target.name}"]["folder"])
         row = _find_row(workspace, scores, row_id)
         yield f"target {target.name}: row {row['row_id']} of source {row['source']}, {row['num_tokens']} tokens"
+        yield from _conversation_lines(workspace, scores, row)
         yield f"  score {row['score']:+.5f}, rank {row['rank']:,} of {scores.counts['scored']:,}"
         for subtask in scores.facts["subtasks"]:
             yield f"  subtask {subtask}: {row[f'subtask_{subtask}']:+.5f}"
@@ -113,6 +117,14 @@ def _find_row(workspace: Workspace, scores: Manifest, row_id: str) -> dict[str, 
         )
     row: dict[str, Any] = table.slice(found[0], 1).to_pylist()[0]
     return row
+
+
+def _conversation_lines(workspace: Workspace, scores: Manifest, row: dict[str, Any]) -> Iterator[str]:
+    pool = read_manifest(workspace, scores.facts["pool"]["folder"])
+    shard = read_pool_shard(workspace, pool, row["shard"], columns=["row_id", "conversation"])
+    text = shard["conversation"].to_pylist()[shard["row_id"].to_pylist().index(row["row_id"])]
+    for message in parse_conversation(text).messages:
+        yield f"  {message.role}: {shorten(message.content, 100, placeholder=' ...')}"
 
 
 def _influence_lines(workspace: Workspace, config: JobConfig, scores: Manifest, row: dict[str, Any]) -> Iterator[str]:

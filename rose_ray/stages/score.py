@@ -132,7 +132,7 @@ def score_rows(
 ) -> ScoreTable:
     """Score the pool for one target, a shard at a time.
 
-    Memory: one shard's features, and about 150 bytes a row of the pool.
+    Memory: one shard's features, and about 400 bytes a row of the pool while ranks are made.
 
     Args:
         shards: Rows wanted and their features.
