@@ -113,9 +113,11 @@ def schema() -> None:
 def validate(config: _Config, overrides: _Set = None) -> None:
     """Check a configuration, its files, pairs, model and template, without computing anything."""
     from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])  # a mistake in it is said before anything heavy is imported
     from rose_ray.distributed.validate import validate_job
 
-    for line in validate_job(load_config(config, overrides or [])):
+    for line in validate_job(loaded):
         typer.echo(line)
 
 
@@ -217,11 +219,13 @@ def _run(
     only: set[str] | None = None,
 ) -> None:
     from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
     from rose_ray.distributed.run import STAGES, run_job
     from rose_ray.stages.report import result_lines
 
     stages = only or set(STAGES[: STAGES.index(last_stage) + 1])
-    result = run_job(load_config(config, overrides or []), stages=stages, new_warmup=new_warmup)
+    result = run_job(loaded, stages=stages, new_warmup=new_warmup)
     for line in result_lines(result.stages, result.selections):
         typer.echo(line)
 
