@@ -44,9 +44,7 @@ def _artefact(workspace, made_from=None):
     made_from = made_from or {"rows": 2, "version": 1}
     key = artefact_key(made_from)
     record = workspace.write_table(f"demo/{key}/table.parquet", TABLE)
-    manifest = Manifest(
-        "demo", key, made_from, [record], {"rows": 2}, {"note": "é"}, 0.5, {}, "", f"demo/{key}"
-    )
+    manifest = Manifest("demo", key, made_from, [record], {"rows": 2}, {"note": "é"}, 0.5, {}, "", f"demo/{key}")
     return commit_manifest(workspace, manifest)
 
 
@@ -96,9 +94,7 @@ def test_tables_come_back_whole_and_same_bytes(workspace):
 
 
 def test_a_schema_keeps_its_notes(workspace):
-    schema = pa.schema(
-        [pa.field("a", pa.int8(), nullable=False, metadata={"unit": "1"})], metadata={"version": "1"}
-    )
+    schema = pa.schema([pa.field("a", pa.int8(), nullable=False, metadata={"unit": "1"})], metadata={"version": "1"})
     record = workspace.write_table("a.parquet", pa.table({"a": [1]}, schema=schema))
     assert workspace.read_table("a.parquet", record).schema.equals(schema, check_metadata=True)
 

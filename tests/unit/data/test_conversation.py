@@ -29,9 +29,7 @@ def _conversation(turns: str) -> Conversation:
     )
 
 
-@pytest.mark.parametrize(
-    "turns", ["ua", "sua", "ssua", "uaua", "ucta", "uctta", "uctcta", "ucctta", "uca", "uctaua"]
-)
+@pytest.mark.parametrize("turns", ["ua", "sua", "ssua", "uaua", "ucta", "uctta", "uctcta", "ucctta", "uca", "uctaua"])
 def test_orders_that_are_fine(turns):
     validate_conversation(_conversation(turns))
 
@@ -91,9 +89,7 @@ def test_not_a_stored_conversation(text):
 
 def test_tools_in_one_form():
     assert (
-        canonical_tools('[{"b": 1,  "a": "\\u00e9"}]')
-        == canonical_tools([{"a": "é", "b": 1}])
-        == '[{"a":"é","b":1}]'
+        canonical_tools('[{"b": 1,  "a": "\\u00e9"}]') == canonical_tools([{"a": "é", "b": 1}]) == '[{"a":"é","b":1}]'
     )
     assert canonical_tools("search(query)") == "search(query)"
     assert [canonical_tools(nothing) for nothing in (None, "", " ", "[]", [], "null", {})] == [None] * 7

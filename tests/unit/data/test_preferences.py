@@ -53,9 +53,7 @@ def test_subtask_field(tmp_path):
     pairs = read_pairs([_file(tmp_path, rows)], target="t", subtask_field="topic")
     assert [pair.subtask for pair in pairs] == ["x", "y", "x"]
     rows = [_row(1, topic="x"), _row(2), _row(3, topic=" ")]
-    with pytest.raises(
-        PairError, match=r"2 of 3 rows name no subtask at 'topic': rows 2, 3 of .*pairs\.jsonl"
-    ):
+    with pytest.raises(PairError, match=r"2 of 3 rows name no subtask at 'topic': rows 2, 3 of .*pairs\.jsonl"):
         read_pairs([_file(tmp_path, rows)], target="t", subtask_field="topic")
 
 
@@ -138,9 +136,7 @@ def test_ids(tmp_path):
 
 
 def test_equal_ids(tmp_path):
-    with pytest.raises(
-        PairError, match="1 of 2 pairs share an id with a pair of other content or subtask: p1"
-    ):
+    with pytest.raises(PairError, match="1 of 2 pairs share an id with a pair of other content or subtask: p1"):
         read_pairs([_file(tmp_path, [_row(1), _row(1, chosen="better")])], target="t")
     with pytest.raises(PairError, match="1 of 2 pairs stand twice: p1"):
         read_pairs([_file(tmp_path, [_row(1), _row(1)])], target="t")

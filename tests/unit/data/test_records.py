@@ -152,9 +152,7 @@ def test_parquet_rows_become_json(tmp_path):
             "n": pa.array([2**62, None], pa.int64()),
             "f": pa.array([float("nan"), float("-inf")]),
             "day": pa.array([datetime.date(2024, 2, 29), None]),
-            "at": pa.array(
-                [datetime.datetime(2024, 2, 29, 1, 2, 3, tzinfo=utc), None], pa.timestamp("us", "UTC")
-            ),
+            "at": pa.array([datetime.datetime(2024, 2, 29, 1, 2, 3, tzinfo=utc), None], pa.timestamp("us", "UTC")),
             "raw": pa.array([b"\x00\xff", None]),
             "price": pa.array([decimal.Decimal("1.10"), None]),
             "turns": pa.array([[{"role": "user", "content": "hi"}], []]),

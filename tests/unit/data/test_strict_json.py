@@ -64,9 +64,7 @@ def test_empty_array():
     assert list(iter_array(" [ ] ")) == []
 
 
-@pytest.mark.parametrize(
-    "text", ['[{"a": 1}', '[{"a": 1},]', '[{"a": 1} {"b": 2}]', "[1] x", "[", '[{"a": }]']
-)
+@pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1},]', '[{"a": 1} {"b": 2}]', "[1] x", "[", '[{"a": }]'])
 def test_broken_array(text):
     with pytest.raises(RowError, match="not_json"):
         list(iter_array(text))

@@ -64,22 +64,38 @@ def test_a_token_that_begins_with_the_space_before_an_answer_carries_loss(
     assert chosen.decode(_labelled(chosen, sample)) == f" good answer{chosen.eos_token} yes{chosen.eos_token}"
 
 
-def test_offsets_without_the_leading_space_make_no_difference(tokenizer: Any) -> None:
+@pytest.fixture(scope="module")
+def trimming(tokenizer: Any) -> Any:
+    """The same tokenizer, but with spaces left out of offsets, as many published ones have it."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    trimming = PreTrainedTokenizerFast(
+    twin = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>"
     )
-    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    offsets = [each("a stone", return_offsets_mapping=True)["offset_mapping"][1] for each in (tokenizer, trimming)]
+    twin.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    offsets = [each("a stone", return_offsets_mapping=True)["offset_mapping"][1] for each in (tokenizer, twin)]
     assert [start for start, _ in offsets] == [1, 2]
+    return twin
+
+
+def test_offsets_without_the_leading_space_make_no_difference(tokenizer: Any, trimming: Any) -> None:
     for answer in ANSWERS:
         samples = [
             Tokeniser(each, _template(tokenizer), 500).encode(_conversation("Q? 🙂", answer, "More?", "no"))
             for each in (tokenizer, trimming)
         ]
         assert samples[0] == samples[1], answer
+
+
+def test_a_space_token_before_an_answer_carries_no_loss(tokenizer: Any, trimming: Any) -> None:
+    source = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + ' A: ' }}"
+        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    for each in (tokenizer, trimming):
+        sample = Tokeniser(each, _template(tokenizer, source), 500).encode(_conversation("water", "🙂"))
+        assert tokenizer.decode(_labelled(tokenizer, sample)) == "🙂<|end|>"
 
 
 def test_nothing_but_the_template_adds_special_tokens(tokenizer: Any) -> None:

@@ -75,9 +75,7 @@ def _slow_direction(g: float, m: float, v: float, t: int, mode: str) -> float:
 
 
 @pytest.mark.parametrize("mode", get_args(AdamMode))
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, FLOAT64_RELATIVE), (torch.float32, FLOAT32_RELATIVE)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64_RELATIVE), (torch.float32, FLOAT32_RELATIVE)])
 def test_every_mode_equals_its_formula(mode: AdamMode, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(1)
     grads = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64).to(dtype)
@@ -87,13 +85,9 @@ def test_every_mode_equals_its_formula(mode: AdamMode, dtype: torch.dtype, toler
     result = adam_direction(grads, m, v, _state(11), mode)
     columns = (x.expand(3, 2, 4).flatten().tolist() for x in (grads, m, v))
     flat = zip(*columns, strict=True)
-    expected = torch.tensor(
-        [_slow_direction(gi, mi, vi, 12, mode) for gi, mi, vi in flat], dtype=torch.float64
-    )
+    expected = torch.tensor([_slow_direction(gi, mi, vi, 12, mode) for gi, mi, vi in flat], dtype=torch.float64)
     assert result.direction_B.dtype is dtype
-    torch.testing.assert_close(
-        result.direction_B.double(), expected.view(3, 2, 4), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(result.direction_B.double(), expected.view(3, 2, 4), rtol=tolerance, atol=tolerance)
     for tensor, copy in zip((grads, m, v), copies, strict=True):
         assert torch.equal(tensor, copy), "inputs must stay as they are"
 
@@ -113,9 +107,7 @@ def test_squares_add_up_over_parameters_to_the_momentum_share(mode: AdamMode, be
         all_moments.append(m.double().flatten())
     g, m = torch.cat(all_grads, dim=1), torch.cat(all_moments)
     expected = (beta1 * m).norm() / (beta1 * m + (1 - beta1) * g).norm(dim=1)
-    torch.testing.assert_close(
-        (momentum / total).sqrt(), expected, rtol=FLOAT32_RELATIVE, atol=FLOAT32_RELATIVE
-    )
+    torch.testing.assert_close((momentum / total).sqrt(), expected, rtol=FLOAT32_RELATIVE, atol=FLOAT32_RELATIVE)
 
 
 def test_modes_without_momentum_report_none_of_it_and_need_no_moments() -> None:

@@ -97,9 +97,7 @@ def test_sums_and_means_count_labelled_tokens_only() -> None:
 def test_sft_loss_is_torchs_cross_entropy_of_each_row() -> None:
     logits, input_ids, mask = _batch()
     labels = input_ids.masked_fill(~mask, -100)
-    expected = torch.stack(
-        [torch.nn.functional.cross_entropy(logits[b, :-1], labels[b, 1:]) for b in range(3)]
-    )
+    expected = torch.stack([torch.nn.functional.cross_entropy(logits[b, :-1], labels[b, 1:]) for b in range(3)])
     torch.testing.assert_close(sft_loss(logits, input_ids, mask), expected, atol=FLOAT64_ROUNDING, rtol=0)
 
 

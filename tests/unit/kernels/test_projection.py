@@ -98,9 +98,7 @@ def test_projection_equals_the_explicit_product(kind: ProjectionKind) -> None:
 def test_matrices_are_the_same_everywhere_and_for_ever() -> None:
     """Pinned entries. If they change, raise PROJECTION_VERSION: stored features no longer fit."""
     dense = _matrix(make_projection("rademacher", 64, 12345, 3)) > 0
-    words = [
-        sum(int(dense[32 * word + bit, i]) << bit for bit in range(32)) for word in range(2) for i in range(3)
-    ]
+    words = [sum(int(dense[32 * word + bit, i]) << bit for bit in range(32)) for word in range(2) for i in range(3)]
     assert [f"{word:08x}" for word in words] == GOLDEN_WORDS
     sketch = _matrix(make_projection("sketch", 8192, 12345, 6))
     rows = [int(column.abs().argmax()) for column in sketch.T]

@@ -172,9 +172,7 @@ def test_fractions_are_read_as_decimals_and_rounded_down() -> None:
 
 def test_fraction_is_of_the_whole_pool() -> None:
     scores, ids, _, sources = _pool(7)
-    chosen = top_k(
-        scores[:, 0], ids, Budget(fraction=0.1), sources=sources, rules=SourceRules(include=["code"])
-    )
+    chosen = top_k(scores[:, 0], ids, Budget(fraction=0.1), sources=sources, rules=SourceRules(include=["code"]))
     assert len(chosen) == NUM_ROWS // 10 and {sources[row] for row in chosen} == {"code"}
 
 

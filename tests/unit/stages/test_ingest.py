@@ -167,8 +167,7 @@ def test_ids_of_different_type_are_different_ids(tmp_path, workspace):
 def test_sources(tmp_path, workspace):
     def sources(rows, name, **how):
         return [
-            row["source"]
-            for row in _rows(workspace, ingest_file(workspace, _file(tmp_path, rows, name, **how), SMALL))
+            row["source"] for row in _rows(workspace, ingest_file(workspace, _file(tmp_path, rows, name, **how), SMALL))
         ]
 
     rows = [_row(0, source="s"), _row(1, dataset="d"), _row(2), _row(3, source=3), _row(4, source="")]
@@ -228,10 +227,7 @@ def test_another_setting_or_content_is_another_artefact(tmp_path, workspace):
         ]
     ]
     assert len(set(keys)) == len(keys)
-    seeds = [
-        ingest_file(workspace, _file(tmp_path, rows), IngestSettings(3, sample_seed=seed)).key
-        for seed in (0, 1)
-    ]
+    seeds = [ingest_file(workspace, _file(tmp_path, rows), IngestSettings(3, sample_seed=seed)).key for seed in (0, 1)]
     assert seeds[0] == seeds[1]
 
 
@@ -250,10 +246,7 @@ def test_containers_give_the_same_conversations(tmp_path, workspace):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     ids = [
-        [
-            row["row_id"]
-            for row in _rows(workspace, ingest_file(workspace, PoolFile(locate(str(tmp_path / n))), SMALL))
-        ]
+        [row["row_id"] for row in _rows(workspace, ingest_file(workspace, PoolFile(locate(str(tmp_path / n))), SMALL))]
         for n in ("a.json", "a.jsonl.gz", "a.parquet")
     ]
     assert ids[0] == ids[1] == ids[2] == [_id(i) for i in range(4)]

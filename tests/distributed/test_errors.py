@@ -1,0 +1,63 @@
+"""Errors come back from Ray's workers as they were raised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from rose_ray.distributed.session import CarriedError, carried_errors, root_cause
+from rose_ray.errors import AlteredFileError, PairError, RoseError, RowError
+from rose_ray.filesystem import locate, write_bytes
+
+pytestmark = pytest.mark.ray
+
+ERRORS = [PairError("pairs a, b: equal sides"), RowError("not_json", "line 3"), AlteredFileError("x: 3 bytes")]
+
+
+def raise_error(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_from_a_task(ray_cluster: None, error: RoseError) -> None:
+    with pytest.raises(type(error)) as raised:
+        ray.get(ray.remote(num_cpus=0)(raise_error).remote(error))
+    cause = root_cause(raised.value)
+    assert type(cause) is type(error) and str(cause) == str(error)
+
+
+def test_a_system_error_keeps_its_file_name(ray_cluster: None) -> None:
+    error = FileNotFoundError(2, "No such file or directory", "some/file")
+    with pytest.raises(FileNotFoundError) as raised:
+        ray.get(ray.remote(num_cpus=0)(raise_error).remote(error))
+    cause = root_cause(raised.value)
+    assert isinstance(cause, FileNotFoundError)
+    assert (cause.strerror, cause.filename) == ("No such file or directory", "some/file")
+
+
+def test_carried_by_hand() -> None:
+    with pytest.raises(CarriedError) as raised, carried_errors():
+        raise ERRORS[0]
+    assert root_cause(raised.value) is ERRORS[0]
+    with pytest.raises(ZeroDivisionError), carried_errors():
+        1 / 0  # noqa: B018 - a slip of ours keeps its traceback
+
+
+def test_what_was_dealt_with_is_no_cause() -> None:
+    try:
+        try:
+            raise FileNotFoundError(2, "No such file or directory", "looked for")
+        except FileNotFoundError:
+            raise KeyError("the real mistake") from None
+    except KeyError as error:
+        assert root_cause(error) is error
+
+
+def test_a_failed_write_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError) as raised:
+        write_bytes(locate(str(tmp_path / "file")), b"1")
+    assert raised.value.filename == str(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

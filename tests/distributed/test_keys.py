@@ -1,0 +1,94 @@
+"""What is said about a changed key agrees with the keys of the artefacts. No Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rose_ray.config.changes import STAGES, recomputed_stages
+from rose_ray.distributed.bank import bank_made_from, read_target_pairs
+from rose_ray.distributed.checkpoints import _warmup_settings
+from rose_ray.distributed.job import Job
+from rose_ray.model.describe import describe_model
+from rose_ray.stores.manifest import Manifest, artefact_key
+from rose_ray.stores.workspace import Workspace
+from tests.distributed.tiny import tiny_job, write_inputs
+
+WARMUP = Manifest("warmup", "", {}, [], {}, {"checkpoints": [{"name": "checkpoint-1", "adapter": "0"}]}, 0.0, {}, "")
+"""The same for all: its part in later keys is the digest of what it made."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    inputs = tmp_path_factory.mktemp("keys")
+    write_inputs(inputs)
+    return inputs
+
+
+def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
+    config = tiny_job(folder, folder / "workspace", overrides)
+    job = Job(Workspace.open(config.workspace, create=True), config)
+    vars(job)["identity"] = describe_model(config.model, config.lora)  # asked for here, not on a worker
+    target = config.targets[0]
+    made_from: dict[str, dict[str, Any]] = {
+        "warmup": _warmup_settings(job),
+        "bank": bank_made_from(job, WARMUP, target, read_target_pairs(target)),
+        "features": job.features_made_from(WARMUP),
+    }
+    return {stage: artefact_key(content) for stage, content in made_from.items()}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.max_tokens=80",
+        "model.dtype=bfloat16",
+        "model.template=tulu",
+        "model.loss_on_turn_tail=true",
+        "model.attention=eager",
+        "model.trust_remote_code=true",
+        "model.loader=plain",
+        "model.deepspeed.zero_stage=3",
+        "model.gradient_checkpointing=true",
+        "lora.rank=2",
+        "lora.alpha=4",
+        "lora.dropout=0",
+        "lora.target_modules=[k_proj]",
+        "targets.0.objective=rose_simpo",
+        "targets.0.normalize=projected",
+        "targets.0.aggregation=mean",
+        "targets.0.selection.count=2",
+        "targets.0.shots=1",
+        "targets.0.encoding=rose_official",
+        "targets.0.pairs.0={files: [{folder}/other_pairs.jsonl]}",
+        "training_set={}",
+        "warmup.fraction=0.5",
+        "warmup.seed=1",
+        "warmup.epochs=1",
+        "warmup.learning_rate=1e-3",
+        "warmup.batch_size=4",
+        "warmup.adam_eps=1e-6",
+        "warmup.max_batch_tokens=100",
+        "warmup.workers=2",
+        "warmup.zero_stage=1",
+        "gradients.adam=sgd",
+        "gradients.projection.dim=32",
+        "gradients.projection.kind=rademacher",
+        "gradients.projection.seed=1",
+        "gradients.stored_dtype=float32",
+        "gradients.max_batch_tokens=100",
+        "ray.actors=3",
+        "ray.threads_per_actor=2",
+    ],
+)
+def test_a_change_recomputes_what_is_said(folder: Path, override: str) -> None:
+    before, after = keys_of(folder, []), keys_of(folder, [override.replace("{folder}", str(folder))])
+    changed = {stage for stage in before if before[stage] != after[stage]}
+    said = set(recomputed_stages(override.partition("=")[0]))
+    assert said <= set(STAGES)
+    if "warmup" in changed:  # and with its adapters all behind it
+        assert said == set(STAGES) - {"ingest"}
+    else:
+        assert said & set(before) == changed

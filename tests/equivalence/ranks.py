@@ -1,0 +1,122 @@
+"""Runs DeepSpeed in processes of its own: a process group, once joined, stays with its process.
+
+``run_ranks`` starts the ranks and hands back what each returns; the tasks below are what they run.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 500
+
+
+def run_ranks(task: str, num_ranks: int, folder: Path, **arguments: Any) -> list[Any]:
+    """Run a task of this module on ``num_ranks`` processes and return their results by rank."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "arguments").write_bytes(pickle.dumps({"num_ranks": num_ranks, "port": port, **arguments}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank in range(num_ranks):
+        with (folder / f"log-{rank}").open("wb") as log:
+            command = [sys.executable, "-m", "tests.equivalence.ranks", task, str(rank), str(folder)]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"log-{rank}").read_text(errors="replace")[-4000:] for rank in range(num_ranks))
+    assert codes == [0] * num_ranks, f"ranks ended with {codes}:\n{logs}"
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(num_ranks)]
+
+
+def scoring_gradients(
+    rank: int, num_ranks: int, port: int, cases: Sequence[Any], batches: Sequence[Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """Gradients of each case's model over this rank's batches.
+
+    Args:
+        rank, num_ranks, port: The place in the process group.
+        cases: Model and LoRA settings, adapters and torch dtype of each model, one model after another. Each adapter
+            in turn goes into the one slot; the gradients returned are the last one's.
+        batches: Samples of each; rank r takes batches r, r + num_ranks, ... so that ranks stay in step.
+
+    Returns:
+        For each case: ``grads`` (number of an own batch -> [B, P]), ``values`` (likewise, [B]), ``references`` (summed
+        log-probabilities without the adapter, likewise), and ``away``, the number of base parameters of which this
+        rank holds no whole copy between passes.
+    """
+    import torch
+
+    from rose_ray.distributed.engine import ProcessGroup, load_scoring_model
+    from rose_ray.model.layout import layout_of
+    from rose_ray.model.scoring import pad_batch
+    from tests.oracles import collect, rows_of
+
+    group = ProcessGroup(rank, num_ranks, "127.0.0.1", port)
+    results = []
+    for model_config, lora, adapters, dtype in cases:
+        model = load_scoring_model(model_config, lora, device="cpu", group=group, dtype=dtype)
+        names = [name for name, _ in layout_of(model.module).shapes]
+        own = {number: pad_batch(batches[number]) for number in range(rank, len(batches), num_ranks)}
+        grads, values, references = {}, {}, {}
+        for adapter in adapters:
+            model.load_adapter(adapter)
+            for number, batch in own.items():
+                with torch.no_grad(), model.without_adapter():
+                    references[number] = model.sample_values(batch, "sum_logps").numpy()
+                kept, consume = collect(names)
+                values[number] = model.backward_per_sample(batch, "mean_loss", consume).numpy()
+                grads[number] = rows_of(kept).numpy()
+        away = sum(p.numel() == 0 for name, p in model.module.named_parameters() if "lora_" not in name)
+        results.append({"grads": grads, "values": values, "references": references, "away": away})
+    return results
+
+
+def warm_up(rank: int, num_ranks: int, port: int, jobs: Sequence[Any], probe: Any) -> list[dict[str, Any]]:
+    """Warm-ups one after another, as Ray Train's workers run them.
+
+    Returns:
+        For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``.
+    """
+    import torch
+
+    from rose_ray.distributed.warmup import _Trainer
+
+    place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.distributed.init_process_group("gloo")
+    results = []
+    for job in jobs:
+        trainer = _Trainer(job, rank=rank, num_workers=num_ranks)
+        epochs = [trainer.train_epoch(epoch) for epoch in range(1, job.warmup.epochs + 1)]
+        trainer.model.eval()
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([probe])).logits
+        results.append({"epochs": epochs, "logits": logits.float().numpy()})
+    return results
+
+
+def main(task: str, rank: str, folder: str) -> None:
+    """What each process runs."""
+    import torch
+
+    torch.set_num_threads(1)
+    arguments = pickle.loads((Path(folder) / "arguments").read_bytes())
+    result = globals()[task](rank=int(rank), **arguments)
+    (Path(folder) / f"result-{rank}").write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

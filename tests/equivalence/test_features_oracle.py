@@ -1,0 +1,180 @@
+"""The whole path of a sample, against one row at a time: autograd, Adam's formula, an explicit projection matrix."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig
+from rose_ray.data.conversation import Conversation, Message, canonical_json
+from rose_ray.distributed.engine import load_scoring_model
+from rose_ray.kernels.projection import make_projection
+from rose_ray.model.base import load_tokeniser
+from rose_ray.model.checkpoint import Checkpoint, OptimizerState
+from rose_ray.model.layout import layout_of
+from rose_ray.stages.features import DirectionSettings, read_samples, shard_features, tokenize_shard
+from tests import oracles
+
+FLOAT32_ENTRY = 3e-7
+"""Features are stored as float32 entries of at most 1 in size: half a unit in the last place is 6e-8; float32 sums of
+a projected entry add a few of them."""
+
+FLOAT64_RELATIVE = 1e-9
+"""Lengths are float64 throughout. Entries with a tiny second moment magnify the gradient's rounding in Gamma."""
+
+FLOAT32_RELATIVE = 2e-7
+"""Losses and momentum shares are stored as float32: 6e-8 of rounding."""
+
+FLOAT16_ENTRY = 5e-4
+"""Half a unit in the last place of a float16 number of at most 1."""
+
+LORA = LoraConfig(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj"])
+STATES = [
+    OptimizerState(7, 1e-3, 0.9, 0.999, 1e-8, 1.0, 1),
+    OptimizerState(14, 5e-4, 0.85, 0.98, 1e-6, 1.0, 2),
+]
+PROJECTIONS: list[tuple[Any, int, int]] = [("none", 1, 0), ("rademacher", 70, 3), ("sketch", 64, 5)]
+
+
+@pytest.fixture(scope="module")
+def oracle_model(base_folder: str) -> torch.nn.Module:
+    return oracles.peft_model(base_folder, **oracles.lora_settings(LORA), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(oracle_model: torch.nn.Module) -> list[Checkpoint]:
+    return [
+        Checkpoint(f"checkpoint-{seed}", oracles.random_adapter(oracle_model, seed), *moments, state)
+        for seed, state in enumerate(STATES, start=1)
+        for moments in [oracles.random_moments(oracle_model, 10 + seed)]
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokens(base_folder: str, pool_rows: list[dict[str, Any]]) -> pa.Table:
+    conversations = [
+        canonical_json(Conversation(tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])))
+        for row in pool_rows
+    ]
+    shard = pa.table({"row_id": [row["id"] for row in pool_rows], "conversation": conversations})
+    samples, rejected = tokenize_shard(shard, load_tokeniser(ModelConfig(base=base_folder)))
+    assert rejected.num_rows == 0
+    return samples
+
+
+@pytest.fixture(scope="module")
+def gradients(
+    oracle_model: torch.nn.Module, checkpoints: list[Checkpoint], tokens: pa.Table
+) -> list[list[tuple[float, torch.Tensor]]]:
+    """Loss and flat gradient of every row at every checkpoint."""
+    results = []
+    for checkpoint in checkpoints:
+        oracles.set_adapter(oracle_model, checkpoint.adapter)
+        rows = [oracles.gradient(oracle_model, (s.input_ids, s.loss_mask), "mean_loss") for s in read_samples(tokens)]
+        results.append([(loss.item(), oracles.flat(named)) for loss, named in rows])
+    return results
+
+
+def _features(
+    base: str, tokens: pa.Table, checkpoints: list[Checkpoint], mode: AdamMode, projection: tuple[Any, int, int]
+) -> list[pa.Table]:
+    model = load_scoring_model(
+        ModelConfig(base=base, dtype="float32", loader="plain"), LORA, device="cpu", dtype=torch.float64
+    )
+    layout = layout_of(model.module)
+    matrix = make_projection(*projection, layout.num_parameters)
+    settings = DirectionSettings(mode, "float32", max_batch_tokens=200)
+    features = shard_features(model, tokens, checkpoints, layout, matrix, settings)
+    assert features.rejected.num_rows == 0
+    return features.tables
+
+
+def _matrix(table: pa.Table) -> np.ndarray:
+    return np.array(table["feature"].to_pylist(), dtype=np.float64)
+
+
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+def test_features_are_those_of_the_slow_path(
+    mode: AdamMode, base_folder: str, tokens: pa.Table, checkpoints: list[Checkpoint], gradients: Any
+) -> None:
+    matrices = [oracles.projection_matrix(*projection, len(gradients[0][0][1])) for projection in PROJECTIONS]
+    directions = [
+        [_direction(mode, gradient, checkpoint) for _, gradient in rows]
+        for checkpoint, rows in zip(checkpoints, gradients, strict=True)
+    ]
+    for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
+        tables = _features(base_folder, tokens, checkpoints, mode, projection)
+        for table, rows, gammas, checkpoint in zip(tables, gradients, directions, checkpoints, strict=True):
+            assert table["row_id"].to_pylist() == tokens["row_id"].to_pylist()
+            norms = np.array([gamma.norm().item() for gamma in gammas])
+            np.testing.assert_allclose(table["norm"].to_numpy(), norms, rtol=FLOAT64_RELATIVE)
+            expected = np.stack([matrix @ (gamma / gamma.norm()).numpy() for gamma in gammas])
+            np.testing.assert_allclose(_matrix(table), expected, rtol=0, atol=FLOAT32_ENTRY)
+            losses = np.array([loss for loss, _ in rows])
+            np.testing.assert_allclose(table["loss"].to_numpy(), losses, rtol=FLOAT32_RELATIVE)
+            shares = [_share(mode, gradient, checkpoint) for _, gradient in rows]
+            np.testing.assert_allclose(table["momentum_share"].to_numpy(), shares, rtol=FLOAT32_RELATIVE)
+
+
+def test_torch_mode_is_the_step_of_the_real_optimizer(
+    base_folder: str, tokens: pa.Table, checkpoints: list[Checkpoint], gradients: Any
+) -> None:
+    tables = _features(base_folder, tokens, checkpoints, "torch", ("none", 1, 0))
+    for table, rows, checkpoint in zip(tables, gradients, checkpoints, strict=True):
+        vectors = _matrix(table) * table["norm"].to_numpy()[:, None]
+        for vector, (_, gradient) in zip(vectors, rows, strict=True):
+            step = -oracles.adam_step(gradient, *_moments(checkpoint), **_constants(checkpoint)).numpy()
+            np.testing.assert_allclose(vector, step, rtol=0, atol=FLOAT32_ENTRY * np.linalg.norm(step))
+
+
+def test_token_counts_and_half_precision_storage(
+    base_folder: str, tokens: pa.Table, checkpoints: list[Checkpoint]
+) -> None:
+    model = load_scoring_model(
+        ModelConfig(base=base_folder, dtype="float32", loader="plain"), LORA, device="cpu", dtype=torch.float64
+    )
+    layout = layout_of(model.module)
+    projection = make_projection("sketch", 64, 5, layout.num_parameters)
+    tables = [
+        shard_features(model, tokens, checkpoints, layout, projection, DirectionSettings("torch", stored, 200)).tables[
+            0
+        ]
+        for stored in ("float32", "float16")
+    ]
+    assert tables[1].schema.field("feature").type == pa.list_(pa.float16(), 64)
+    np.testing.assert_allclose(_matrix(tables[1]), _matrix(tables[0]), rtol=0, atol=FLOAT16_ENTRY)
+    for table in tables:
+        samples = read_samples(tokens)
+        assert table["num_tokens"].to_pylist() == [len(s.input_ids) for s in samples]
+        assert table["num_labelled_tokens"].to_pylist() == [sum(s.loss_mask) for s in samples]
+
+
+def _moments(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    assert checkpoint.exp_avg is not None and checkpoint.exp_avg_sq is not None
+    return oracles.flat(checkpoint.exp_avg), oracles.flat(checkpoint.exp_avg_sq)
+
+
+def _constants(checkpoint: Checkpoint) -> dict[str, Any]:
+    state = checkpoint.state
+    assert state is not None
+    return {
+        "num_updates": state.num_updates,
+        "beta1": state.adam_beta1,
+        "beta2": state.adam_beta2,
+        "eps": state.adam_eps,
+    }
+
+
+def _direction(mode: str, gradient: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    return oracles.adam_direction(mode, gradient, *_moments(checkpoint), **_constants(checkpoint))
+
+
+def _share(mode: str, gradient: torch.Tensor, checkpoint: Checkpoint) -> float:
+    if mode in ("sgd", "v_only"):
+        return 0.0
+    beta1 = 0.9 if mode == "less_code" else _constants(checkpoint)["beta1"]
+    return oracles.momentum_share(gradient, _moments(checkpoint)[0], beta1)
