@@ -17,6 +17,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from rose_ray.data.conversation import Message
 from rose_ray.errors import RowError
 
+_STAND_IN = "\u2063stand-in\u2063"
+"""No template trims or escapes it, and no conversation holds it."""
+
 TULU_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
@@ -84,21 +87,23 @@ class ChatTemplate:
         return RenderedChat(full, tuple(spans))
 
     def _span(self, messages: Sequence[Message], turn: int, upto: str, tools: str | None) -> tuple[int, int]:
-        before = self._text(messages[:turn], tools, add_generation_prompt=True) if turn else ""
-        start = _common_length(before, upto)
-        answer = messages[turn].content.strip()
-        found = upto.find(answer, start)
-        if found < 0:
+        # A stand-in tells where the template puts an answer: the answer itself may occur in the header or the tail.
+        stand_in = [*messages[:turn], Message("assistant", _STAND_IN)]
+        header, found, tail = self._text(stand_in, tools).partition(_STAND_IN)
+        start, end = len(header), len(upto) - len(tail)
+        framed = found and upto.startswith(header) and upto.endswith(tail)
+        if not framed or upto[start:end].strip() != messages[turn].content.strip():
             raise RowError(
                 "template_rewrites",
                 f"the chat template changes the answer of turn {turn + 1}, so its tokens cannot be told apart.",
             )
-        if self.loss_on_turn_tail:
-            return start, len(upto)
-        content_end = found + len(answer)
-        tail = upto[content_end:]
         ends = [tail.find(token) + len(token) for token in self.end_tokens if token in tail]
-        return start, content_end + min(ends, default=0)
+        # White space that the prompt does not bring belongs to the answer: the model has to write it.
+        before = self._text(messages[:turn], tools, add_generation_prompt=True) if turn else ""
+        prompted = _common_length(before, upto)
+        if not upto[prompted:start].strip():
+            start = min(start, prompted)
+        return start, len(upto) if self.loss_on_turn_tail else end + min(ends, default=0)
 
     def _text(self, messages: Sequence[Message], tools: str | None, *, add_generation_prompt: bool = False) -> str:
         turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]

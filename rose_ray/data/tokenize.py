@@ -1,6 +1,6 @@
 """Conversation to sample: token ids and the mask of tokens that carry loss.
 
-A token carries loss when it begins inside a span that does. Too long a sample keeps its first ``max_tokens`` tokens:
+A token carries loss when it reaches into a span that does. Too long a sample keeps its first ``max_tokens`` tokens:
 the right side is cut, for pool rows and for both sides of a pair alike, and what was cut is counted.
 """
 
@@ -84,14 +84,14 @@ class Tokeniser:
 
 
 def _loss_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    # Byte-level tokenizers trim spaces from offsets, which can leave an empty stretch at the very start of a span for
-    # a token that lies before it: hence `stop > start` besides `begin >= start`.
+    # Some tokenizers leave a leading space out of a token's offsets and some do not, so a token that reaches into a
+    # span counts, as in TRL: what differs from the prompt's own tokens is the answer's.
     mask = [False] * len(offsets)
     position = 0
     for start, end in spans:
-        while position < len(offsets) and offsets[position][0] < start:
+        while position < len(offsets) and offsets[position][1] <= start:
             position += 1
         while position < len(offsets) and offsets[position][0] < end:
-            mask[position] = offsets[position][1] > start
+            mask[position] = True
             position += 1
     return mask

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.models import JobConfig, TargetConfig
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.errors import DataError, StoreError
 from rose_ray.kernels.influence import checkpoint_weights
@@ -88,7 +88,7 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         row_id: As in the score table, or its first characters.
 
     Raises:
-        StoreError: The last run of a target has no score table.
+        StoreError: The last run made no score table of a target, or one of another objective.
         DataError: No scored row, or several, begin like this.
     """
     run = last_run(workspace)
@@ -97,6 +97,7 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         if f"score {target.name}" not in stages:
             raise StoreError(f"the last run made no scores for {target.name}. Run `rose-ray run` first.")
         scores = read_manifest(workspace, stages[f"score {target.name}"]["folder"])
+        _check_same_scores(target, scores)
         row = _find_row(workspace, scores, row_id)
         yield f"target {target.name}: row {row['row_id']} of source {row['source']}, {row['num_tokens']} tokens"
         yield from _conversation_lines(workspace, scores, row)
@@ -104,6 +105,16 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         for subtask in scores.facts["subtasks"]:
             yield f"  subtask {subtask}: {row[f'subtask_{subtask}']:+.5f}"
         yield from _influence_lines(workspace, config, scores, row)
+
+
+def _check_same_scores(target: TargetConfig, scores: Manifest) -> None:
+    for name in ("objective", "normalize", "aggregation"):
+        then, now = scores.facts[name], getattr(target, name)
+        if then != now:
+            raise StoreError(
+                f"target {target.name}: the last run scored with {name} {then}, the configuration says {now}. "
+                "Run `rose-ray run` first."
+            )
 
 
 def _find_row(workspace: Workspace, scores: Manifest, row_id: str) -> dict[str, Any]:

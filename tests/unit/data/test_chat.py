@@ -149,3 +149,25 @@ def test_a_template_may_refuse_a_conversation() -> None:
 def test_a_broken_template_is_refused() -> None:
     with pytest.raises(RowError, match=r"template_failed"):
         ChatTemplate("{% for message in %}", "", "", ()).render((USER, ANSWER))
+
+
+def test_a_header_that_the_generation_prompt_does_not_bring_carries_no_loss():
+    # The template ignores add_generation_prompt, and the answer's text stands in its header too.
+    template = ChatTemplate(
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}", "", "", ("<|end|>",)
+    )
+    chat = template.render([Message("user", "q"), Message("assistant", "a")])
+    assert [chat.text[start:end] for start, end in chat.spans] == ["a<|end|>"]
+
+
+def test_text_that_the_template_puts_before_an_answer_carries_no_loss():
+    template = ChatTemplate(
+        "{% for m in messages %}<|{{ m['role'] }}|>\n"
+        "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "",
+        "",
+        ("<|end|>",),
+    )
+    chat = template.render([Message("user", "q"), Message("assistant", "think")])
+    assert [chat.text[start:end] for start, end in chat.spans] == ["think<|end|>"]

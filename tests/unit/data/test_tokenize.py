@@ -141,7 +141,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tokenizer: Any) -
 def test_an_answer_without_tokens_is_refused(tokenizer: Any) -> None:
     template = ChatTemplate(CHAT_TEMPLATE.replace("eos_token", "''"), "", "", ())
     with pytest.raises(RowError, match="tokenises to nothing") as caught:
-        Tokeniser(tokenizer, template, 500).encode(_conversation("water", "  "))
+        Tokeniser(tokenizer, template, 500).encode(_conversation("water", ""))
     assert caught.value.reason == "no_labelled_token"
 
 
