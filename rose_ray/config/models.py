@@ -187,13 +187,20 @@ class TargetConfig(_Strict):
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
 
 
+class JointSelectionConfig(SelectionConfig):
+    """How much of the targets' best rows; the targets take turns unless said otherwise."""
+
+    method: Literal["top_k", "round_robin"] = Field(
+        "round_robin", description="Each target in turn takes its best row left, or top_k of a row's best score."
+    )
+
+
 class TrainingSetConfig(_Strict):
     """One training set made from several targets."""
 
     targets: list[_Name] | None = Field(None, min_length=1, description="Targets that take part; all where unset.")
-    selection: SelectionConfig = Field(
-        default_factory=lambda: SelectionConfig(method="round_robin"),
-        description="As for a target; targets take the place of subtasks.",
+    selection: JointSelectionConfig = Field(
+        default_factory=JointSelectionConfig, description="As for a target; targets take the place of subtasks."
     )
 
 

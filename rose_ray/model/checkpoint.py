@@ -114,7 +114,12 @@ def check_adapter_config(folder: Location, *, rank: int, alpha: float, target_mo
     file = child(folder, ADAPTER_CONFIG_FILE)
     if not folder.filesystem.get_file_info(file.path).is_file:
         raise StoreError(f"{file.name}: no such file. Expected a PEFT adapter folder.")
-    found = json.loads(read_bytes(file))
+    try:
+        found = json.loads(read_bytes(file))
+    except ValueError as error:
+        raise StoreError(f"{file.name}: not JSON ({error}). Expected a PEFT adapter folder.") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{file.name}: expected keys and values, found {type(found).__name__}.")
     expected = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
     differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
     if set(found.get("target_modules") or []) != set(target_modules):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from rose_ray.cli import app
 from rose_ray.config import JobConfig
-from rose_ray.config.models import SelectionConfig
+from rose_ray.config.models import SelectionConfig, TrainingSetConfig
 
 
 def models(kind: Any) -> Iterator[type[BaseModel]]:
@@ -74,3 +74,8 @@ def test_a_dumped_configuration_reads_back() -> None:
         }
     )
     assert JobConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("selection", [{}, {"count": 5}])
+def test_targets_take_turns_in_a_joint_set_whatever_else_is_set(selection: dict[str, int]) -> None:
+    assert TrainingSetConfig.model_validate({"selection": selection}).selection.method == "round_robin"
