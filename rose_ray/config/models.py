@@ -263,7 +263,9 @@ class GradientConfig(_Strict):
 class RayConfig(_Strict):
     """Where the job runs."""
 
-    address: str = Field("auto", description="local (start one here), auto (join the cluster), or ray://host:port.")
+    address: str = Field(
+        "auto", description="local (start one here), auto (join the cluster that this machine is in), or host:port."
+    )
     actors: int = Field(1, ge=1, description="Scoring actors.")
     cpus_per_actor: float = Field(
         1.0, gt=0, description="CPUs reserved for each; fractions leave room for the readers."
@@ -298,12 +300,12 @@ class JobConfig(_Strict):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"targets: names must differ, found {repeated} more than once")
+        if "training_set" in names:
+            raise ValueError("targets: the name training_set is taken by `training_set`")
         if self.training_set is not None:
             unknown = sorted(set(self.training_set.targets or []) - set(names))
             if unknown:
                 raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
-            if "training_set" in names:
-                raise ValueError("targets: the name training_set is taken by `training_set`")
         if self.warmup.adapters is not None and self.gradients.adam != "sgd":
             raise ValueError(
                 f"gradients.adam: {self.gradients.adam} needs Adam moments, which the folders in warmup.adapters do "

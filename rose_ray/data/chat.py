@@ -17,6 +17,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from rose_ray.data.conversation import Message
 from rose_ray.errors import RowError
 
+_NO_CLOCK = "{% set strftime_now = clock_that_is_not_there %}"
+"""Hides the clock from templates: a row's tokens must not depend on the day. Those that ask first write their default
+date; those that do not are refused."""
+
 _STAND_IN = "\u2063stand-in\u2063"
 """No template trims or escapes it, and no conversation holds it."""
 
@@ -110,7 +114,7 @@ class ChatTemplate:
         try:
             rendered: Any = render_jinja_template(
                 conversations=[turns],
-                chat_template=self.source,
+                chat_template=_NO_CLOCK + self.source,
                 tools=json.loads(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token,

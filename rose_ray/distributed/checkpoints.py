@@ -21,7 +21,7 @@ from rose_ray.config.models import JobConfig
 from rose_ray.distributed.actors import cached_tokeniser, device_of
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.warmup import WarmupJob, run_warmup
-from rose_ray.errors import DataError, ModelError, NonFiniteError
+from rose_ray.errors import AlteredFileError, DataError, ModelError, NonFiniteError
 from rose_ray.filesystem import child, locate, read_bytes
 from rose_ray.model.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -46,10 +46,14 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     settings = _warmup_settings(job)
     pin = f"warmup/pins/{artefact_key(settings)}.json"
     if job.workspace.exists(pin) and not new_warmup:
-        found = find_manifest(job.workspace, job.workspace.read_json(pin)["folder"])
-        if found is not None:
-            return _warmup_done(job, found, started, reused=True)
-        logger.warning("the pinned warm-up is damaged; training it again")
+        pinned = job.workspace.read_json(pin)["folder"]
+        found = find_manifest(job.workspace, pinned)
+        if found is None:
+            raise AlteredFileError(
+                f"{pinned}: files of the pinned warm-up are missing or cut short. Put them back, or make another "
+                "warm-up, and with it all features, with --new-warmup."
+            )
+        return _warmup_done(job, found, started, reused=True)
     if job.config.warmup.adapters is not None:
         made_from = {**settings, "row_ids": None}
         train: Callable[[dict[str, Any], str], Manifest] = functools.partial(_import_adapters, job)

@@ -8,9 +8,9 @@ import ray
 
 from rose_ray.distributed.job import Job
 from rose_ray.filesystem import expand
-from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
+from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file, ingest_made_from
 from rose_ray.stages.pool import settle_pool
-from rose_ray.stores.manifest import Manifest
+from rose_ray.stores.manifest import Manifest, artefact_key
 
 
 def ingest(job: Job) -> Manifest:
@@ -24,8 +24,13 @@ def ingest(job: Job) -> Manifest:
     ]
     settings = IngestSettings(pool.shard_rows, pool.sample_fraction, pool.sample_seed)
     known = set(job.workspace.list_folder("pool"))
-    tasks = [job.task(ingest_file, job.workspace, file, settings) for file in files]
-    manifests: list[Manifest] = ray.get(tasks)
+    # Files of the same bytes share an artefact; one task makes it, or two would write over each other.
+    contents = ray.get([job.task(ingest_made_from, file, settings) for file in files])
+    keys = [artefact_key(content) for content in contents]
+    first = {key: file for key, file in reversed(list(zip(keys, files, strict=True)))}
+    made = ray.get([job.task(ingest_file, job.workspace, file, settings) for file in first.values()])
+    by_key = dict(zip(first, made, strict=True))
+    manifests: list[Manifest] = [by_key[key] for key in keys]
     settled: Manifest = ray.get(job.task(settle_pool, job.workspace, manifests))
     job.result.pool = settled
     job.note("ingest", settled, started, reused=settled.folder in known)

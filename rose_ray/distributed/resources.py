@@ -48,7 +48,7 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
         )
     wanted = settings.actors * settings.cpus_per_actor + settings.cpus_per_task
     total = sum(node.cpus for node in nodes)
-    if wanted > total + 1e-9:
+    if wanted > total + 1e-9 or not any(_fit_beside_reader(nodes, number, config) for number in range(len(nodes))):
         raise ResourceError(
             f"ray: {settings.actors} actors x {settings.cpus_per_actor:g} CPU leave no room for a reading task of "
             f"{settings.cpus_per_task:g} CPU; {have}. Lower ray.cpus_per_actor (fractions are fine) or ray.actors."
@@ -60,6 +60,16 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
             f"warmup.workers: {workers} workers of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} GPU "
             f"do not fit; {have}. Lower warmup.workers, or add nodes."
         )
+
+
+def _fit_beside_reader(nodes: list[Node], number: int, config: JobConfig) -> bool:
+    # A task runs on one node: room that is left in crumbs on several is none.
+    settings = config.ray
+    reader = nodes[number]
+    if reader.cpus < settings.cpus_per_task - 1e-9:
+        return False
+    left = [*nodes[:number], Node(reader.cpus - settings.cpus_per_task, reader.gpus), *nodes[number + 1 :]]
+    return sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in left) >= settings.actors
 
 
 def _slots(node: Node, cpus: float, gpus: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from rose_ray.errors import ModelError
 
 _TEMPLATE_NAMES = ("tokenizer", "tulu")
 _WEIGHT_FILES = (".safetensors",)
-_DESCRIBING_FILES = ("config.json",)
 
 
 def resolve_base(model: ModelConfig) -> str:
@@ -34,7 +34,7 @@ def resolve_base(model: ModelConfig) -> str:
 
     try:
         path: str = snapshot_download(
-            model.base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            model.base, allow_patterns=["*.py", "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         )
     except Exception as error:  # the hub client raises many unrelated types
         raise ModelError(
@@ -64,7 +64,7 @@ def base_digest(folder: str) -> str:
     if not weights:
         raise ModelError(f"{folder}: no *.safetensors file. Save the base model with safe serialisation.")
     digest = hashlib.sha256()
-    for name in [*weights, *(name for name in names if name in _DESCRIBING_FILES)]:
+    for name in [*weights, *(name for name in names if name == "config.json" or name.endswith(".py"))]:
         with open(os.path.join(folder, name), "rb") as file:
             digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()[:16]
@@ -117,9 +117,15 @@ def chat_template(model: ModelConfig, tokenizer: Any) -> ChatTemplate:
         source=source,
         bos_token=bos,
         eos_token=tokenizer.eos_token or "",
-        end_tokens=tuple(tokenizer.all_special_tokens),
+        end_tokens=_special_tokens(tokenizer),
         loss_on_turn_tail=model.loss_on_turn_tail,
     )
+
+
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    # Templates also end turns with special tokens that have no name (bos, eos, ...) in the tokenizer's configuration.
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def load_tokeniser(model: ModelConfig) -> Tokeniser:
@@ -147,15 +153,31 @@ def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | N
             with torch.device("meta"):
                 base: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         else:
-            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=model.attention,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
             )
-            base = loaded.to(device)
+            pretrained, report = loaded
+            _check_loaded(model, report)
+            base = pretrained.to(device)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{model.base}: cannot load it as a causal language model: {error}") from error
     base.config.use_cache = False  # type: ignore[union-attr]
     base.requires_grad_(False)
     return base
+
+
+def _check_loaded(model: ModelConfig, report: Mapping[str, Any]) -> None:
+    # Weights that the files lack are made at random, in each process others: scores would be finite and meaningless.
+    lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lacking:
+        raise ModelError(
+            f"model.base: {model.base}: {len(lacking)} weights are missing from its files or have another shape: "
+            f"{lacking[:3]}. Use a complete causal language model."
+        )
 
 
 def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> PeftModel:

@@ -111,6 +111,22 @@ def detect_file_format(location: Location) -> str:
     return detect_format(good, file=location.name)
 
 
+def ingest_made_from(pool_file: PoolFile, settings: IngestSettings) -> dict[str, Any]:
+    """Return what an ingested file depends on: its bytes and how they are read. Two files may share it."""
+    location = pool_file.location
+    return {
+        "file_sha256": file_digest(location),
+        "format": pool_file.format,
+        "source": pool_file.source,
+        "source_field": pool_file.source_field,
+        "source_default": None if pool_file.source or pool_file.source_field else file_stem(location),
+        "shard_rows": settings.shard_rows,
+        "sample_fraction": settings.sample_fraction,
+        "sample_seed": settings.sample_seed if settings.sample_fraction < 1 else None,
+        "ingest_version": INGEST_VERSION,
+    }
+
+
 def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSettings) -> Manifest:
     """Write a file's shards and its rejected table, or return the manifest of a finished run.
 
@@ -122,17 +138,7 @@ def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSetti
         DataError: The file cannot be read, its format is unclear, or it changed meanwhile.
     """
     location = pool_file.location
-    made_from: dict[str, Any] = {
-        "file_sha256": file_digest(location),
-        "format": pool_file.format,
-        "source": pool_file.source,
-        "source_field": pool_file.source_field,
-        "source_default": None if pool_file.source or pool_file.source_field else file_stem(location),
-        "shard_rows": settings.shard_rows,
-        "sample_fraction": settings.sample_fraction,
-        "sample_seed": settings.sample_seed if settings.sample_fraction < 1 else None,
-        "ingest_version": INGEST_VERSION,
-    }
+    made_from = ingest_made_from(pool_file, settings)
     folder = f"ingest/{artefact_key(made_from)}"
     known = find_manifest(workspace, folder)
     if known is not None:

@@ -73,6 +73,9 @@ def status_lines(workspace: Workspace) -> Iterator[str]:
         folders = [path for path in workspace.list_folder(stage) if not path.endswith(("pins", ".json"))]
         yield f"{stage}: {len(folders)} kept"
     for path in workspace.list_folder("selections"):
+        if not workspace.exists(f"{path}/latest.json"):
+            yield f"selection {path.rsplit('/', 1)[-1]}: unfinished"
+            continue
         latest = workspace.read_json(f"{path}/latest.json")["folder"]
         manifest = read_manifest(workspace, latest)
         name, count = path.rsplit("/", 1)[-1], manifest.counts["selected"]
@@ -108,8 +111,9 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
 
 
 def _check_same_scores(target: TargetConfig, scores: Manifest) -> None:
-    for name in ("objective", "normalize", "aggregation"):
-        then, now = scores.facts[name], getattr(target, name)
+    matters = ("dpo_beta",) if target.objective == "dpo_weighted" else ()
+    for name in ("objective", "normalize", "aggregation", *matters):
+        then, now = scores.made_from[name], getattr(target, name)
         if then != now:
             raise StoreError(
                 f"target {target.name}: the last run scored with {name} {then}, the configuration says {now}. "

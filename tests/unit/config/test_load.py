@@ -100,7 +100,7 @@ def test_a_wrong_type_or_value_is_named(override: str, message: str) -> None:
             "['b'] are both included and excluded",
         ),
         (["targets.1.name=t"], "names must differ, found ['t'] more than once"),
-        (["targets.1.name=training_set", "training_set={}"], "the name training_set is taken"),
+        (["targets.1.name=training_set"], "the name training_set is taken"),
         (["training_set.targets=[t, v]"], "training_set.targets: ['v'] are not among the targets ['t', 'u']"),
         (["warmup.adapters=[a]"], "gradients.adam: torch needs Adam moments"),
         (["warmup.adapters=[a]", "gradients.adam=v_only"], "gradients.adam: v_only needs Adam moments"),

@@ -171,3 +171,20 @@ def test_text_that_the_template_puts_before_an_answer_carries_no_loss():
     )
     chat = template.render([Message("user", "q"), Message("assistant", "think")])
     assert [chat.text[start:end] for start, end in chat.spans] == ["think<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("date", "text"),
+    [
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}26 Jul 2024{% endif %}", "26 Jul 2024qa"),
+        ("{{ strftime_now('%Y') }}", None),
+    ],
+)
+def test_templates_see_no_clock(date: str, text: str | None):
+    template = ChatTemplate(date + "{% for m in messages %}{{ m['content'] }}{% endfor %}", "", "", ())
+    messages = [Message("user", "q"), Message("assistant", "a")]
+    if text is not None:
+        assert template.render(messages).text == text
+    else:
+        with pytest.raises(RowError, match="template_failed"):
+            template.render(messages)

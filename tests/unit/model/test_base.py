@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
 from rose_ray.config.models import LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE
@@ -147,3 +149,20 @@ def test_lora_targets_that_the_model_lacks_are_named(base_folder: str) -> None:
     base = load_base(_config(base_folder), device="meta")
     with pytest.raises(ModelError, match=r"no linear layer \['c_attn', 'wq'\]; it has \['down_proj', .*'v_proj'\]"):
         attach_adapter(base, LoraConfig(target_modules=["wq", "q_proj", "c_attn"]), dropout=0.0)
+
+
+def test_special_tokens_without_a_name_end_answers_too(base_folder: Any, tmp_path: Any) -> None:
+    model = ModelConfig(base=str(base_folder), dtype="float32")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    assert "<|eot|>" in chat_template(model, tokenizer).end_tokens
+
+
+def test_a_base_whose_files_lack_weights_is_refused(base_folder: Any, tmp_path: Any) -> None:
+    folder = tmp_path / "headless"
+    shutil.copytree(base_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if "q_proj" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        load_base(ModelConfig(base=str(folder), dtype="float32"))
