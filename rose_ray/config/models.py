@@ -308,7 +308,7 @@ class JobConfig(_Strict):
                 raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
         if self.warmup.adapters is not None and self.gradients.adam != "sgd":
             raise ValueError(
-                f"gradients.adam: {self.gradients.adam} needs Adam moments, which the folders in warmup.adapters do "
-                "not have; only sgd is open"
+                f"gradients.adam: {self.gradients.adam} needs Adam moments, and adapters in warmup.adapters are "
+                "taken without any; only sgd is open"
             )
         return self
