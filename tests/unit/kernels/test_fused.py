@@ -1,0 +1,397 @@
+"""The fused kernel against adam.py and an explicit sketch matrix.
+
+Triton decides when it is imported whether it interprets, so the tests that run the kernel do so in a process of their
+own with TRITON_INTERPRET=1 (`test_under_tritons_interpreter`), and here only where there is a CUDA device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from rose_ray.errors import ConfigError, NumericsError, ShapeError
+from rose_ray.kernels.adam import AdamMode, AdamState, adam_direction
+from rose_ray.kernels.fused import SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
+from rose_ray.kernels.projection import _hash_words, _mix, _word_keys
+
+ROOT = Path(__file__).parents[3]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+# About ten roundings of 6e-8, of which a GPU's root and quotient take two units each; as much of the largest
+# number for what cancels between the moment and the gradient.
+DIRECTION_RELATIVE = 2e-6
+# A float32 sum of at most 200 terms, of the sum of their sizes; rounding hardly ever adds up so badly.
+SUM_RELATIVE = 2e-6
+# One unit of bfloat16: the interpreter cuts digits off where a GPU rounds.
+BFLOAT16_RELATIVE = 2**-7
+SEED = 20240607
+
+# offset, parameters, dim, rows: whole blocks, parts of one, wraps, dims that are no power of two, rows past a group
+SHAPES = [
+    (0, 100, 24, 3),
+    (24, 24, 24, 8),
+    (7, 100, 24, 9),
+    (990, 30, 1000, 2),
+    (500, 2300, 1000, 9),
+    (1234, 50, 1000, 9),
+    (3, 300, 128, 8),
+    (5, 1, 1, 1),
+    (5, 40, 1, 2),
+]
+
+
+def runs_the_kernel(test: Callable[..., None]) -> Callable[..., None]:
+    if INTERPRETED:
+        return test
+    skip = pytest.mark.skipif(
+        not (HAS_TRITON and torch.cuda.is_available()),
+        reason="needs a CUDA device and triton; test_under_tritons_interpreter runs it on the CPU",
+    )
+    marked: Callable[..., None] = pytest.mark.gpu(skip(test))
+    return marked
+
+
+def _state(eps: float = 1e-4) -> AdamState:
+    return AdamState(num_updates=11, adam_beta1=0.85, adam_beta2=0.97, adam_eps=eps)
+
+
+@dataclass
+class _Call:
+    """Inputs and running sums of one call."""
+
+    grads: Tensor
+    avg: Tensor
+    sq: Tensor
+    out: Tensor
+    square: Tensor
+    total: Tensor
+    direction: Tensor
+
+    @classmethod
+    def make(cls, num_rows: int, num_columns: int, dim: int, dtype: torch.dtype = torch.float32) -> _Call:
+        generator = torch.Generator().manual_seed(num_columns)
+        grads = torch.randn(num_rows, num_columns, generator=generator)
+        avg = torch.randn(num_columns, generator=generator) * 0.1
+        sq = torch.rand(num_columns, generator=generator) * 0.1
+        out = torch.randn(num_rows, dim, generator=generator)
+        squares = torch.rand(2, num_rows, generator=generator, dtype=torch.float64)
+        tensors = (grads.to(dtype), avg, sq, out, squares[0], squares[1], torch.full_like(grads, 7.0))
+        return cls(*(tensor.clone().to(DEVICE) for tensor in tensors))
+
+    def copy(self) -> _Call:
+        return _Call(*(tensor.clone() for tensor in vars(self).values()))
+
+    def run(self, mode: AdamMode, offset: int, keys: SketchKeys, write: bool = True, eps: float = 1e-4) -> _Call:
+        given = (self.grads, self.avg, self.sq, _state(eps), mode)
+        sums = {"out_BD": self.out, "square_B": self.square, "total_square_B": self.total}
+        sketch: dict[str, Any] = {"offset": offset, "dim": keys.dim, "sketch_keys": keys}
+        fused_direction_sketch(*given, **sketch, **sums, direction_out_BP=self.direction if write else None)
+        return self
+
+
+def _keys(dim: int, num_parameters: int = 10_000) -> SketchKeys:
+    return make_sketch_keys(SEED, dim, num_parameters, DEVICE)
+
+
+def _word(hash_word: int, index: int) -> int:
+    first, second = _word_keys("sketch", SEED, hash_word)
+    return _mix(_mix(index ^ first) ^ second)
+
+
+@cache
+def _matrix(offset: int, num_columns: int, dim: int) -> Tensor:
+    """The sketch matrix [D, P], column by column from its definition."""
+    matrix = torch.zeros(dim, num_columns, dtype=torch.float64)
+    for j in range(num_columns):
+        block, lane = divmod(offset + j, dim)
+        bucket = (lane + _word(0, block) % dim) % dim
+        plus = _word(1, (offset + j) // 32) >> ((offset + j) % 32) & 1
+        matrix[bucket, j] = 1.0 if plus else -1.0
+    return matrix
+
+
+def _check_direction(call: _Call, mode: AdamMode) -> Tensor:
+    """Compare what was written with adam.py; return adam.py's total square."""
+    grads = call.grads.float().cpu()
+    expected = adam_direction(grads, call.avg.cpu(), call.sq.cpu(), _state(), mode)
+    atol = DIRECTION_RELATIVE * float(expected.direction_B.abs().max())
+    torch.testing.assert_close(call.direction.cpu(), expected.direction_B, rtol=DIRECTION_RELATIVE, atol=atol)
+    return expected.total_square_B
+
+
+@runs_the_kernel
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("offset", "num_columns", "dim", "num_rows"), SHAPES[:5])
+def test_every_mode_against_adam_and_the_matrix(
+    mode: AdamMode, dtype: torch.dtype, offset: int, num_columns: int, dim: int, num_rows: int
+) -> None:
+    before = _Call.make(num_rows, num_columns, dim, dtype)
+    after = before.copy().run(mode, offset, _keys(dim))
+    total = _check_direction(after, mode)
+    direction, matrix = after.direction.double().cpu(), _matrix(offset, num_columns, dim)
+    expected = before.out.double().cpu() + direction @ matrix.T
+    sizes = before.out.double().cpu().abs() + direction.abs() @ matrix.abs().T
+    assert ((after.out.cpu() - expected).abs() <= SUM_RELATIVE * sizes).all()
+    square = before.square.cpu() + direction.square().sum(1)
+    torch.testing.assert_close(after.square.cpu(), square, rtol=SUM_RELATIVE, atol=0)
+    torch.testing.assert_close(after.total.cpu(), before.total.cpu() + total, rtol=SUM_RELATIVE, atol=0)
+    for name in ("grads", "avg", "sq"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), "inputs must stay as they are"
+
+
+@runs_the_kernel
+@pytest.mark.parametrize(("offset", "num_columns", "dim", "num_rows"), SHAPES)
+def test_whole_numbers_are_sketched_exactly(offset: int, num_columns: int, dim: int, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    call = _Call.make(num_rows, num_columns, dim)
+    call.grads = torch.randint(-9, 10, (num_rows, num_columns), generator=generator).float().to(DEVICE)
+    call.out = torch.randint(-9, 10, (num_rows, dim), generator=generator).float().to(DEVICE)
+    grads, out, square = call.grads.double().cpu(), call.out.double().cpu(), call.square.cpu().clone()
+    total = call.total.clone()
+    call.run("sgd", offset, _keys(dim), write=False)
+    assert torch.equal(call.out.double().cpu(), out + grads @ _matrix(offset, num_columns, dim).T)
+    assert torch.equal(call.square.cpu(), square + grads.square().sum(1))
+    assert torch.equal(call.total, total) and (call.direction == 7).all()
+
+
+@runs_the_kernel
+@pytest.mark.parametrize("offset", [0, 2**31 - 1500, 2**31 + 77, 2**32 - 3000])
+def test_signs_and_shifts_are_those_of_torch_bit_for_bit(offset: int) -> None:
+    num_columns, dim = 3000, 4001
+    keys = _keys(dim, 1 << 32)
+    call = _Call.make(1, num_columns, dim)
+    call.grads, call.out = torch.ones_like(call.grads), torch.zeros_like(call.out)
+    call.run("sgd", offset, keys)
+    index = torch.arange(offset, offset + num_columns)
+    shifts = _hash_words(index // dim, *_word_keys("sketch", SEED, 0)) % dim
+    words = _hash_words(index // 32, *_word_keys("sketch", SEED, 1))
+    signs = ((words >> (index % 32)) & 1) * 2 - 1
+    expected = torch.zeros(1, dim).index_add_(1, (index % dim + shifts) % dim, signs.float()[None])
+    assert torch.equal(call.out.cpu(), expected)
+
+
+@runs_the_kernel
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, under the interpreter
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+def test_rows_and_surroundings_do_not_leak(mode: AdamMode) -> None:
+    clean = _Call.make(9, 100, 40)
+    spoilt = clean.copy()
+    # The slice lies in the middle of NaN, as a module's part of a larger buffer may.
+    wide = torch.full((9, 164), float("nan"), device=DEVICE)
+    wide[:, 32:132] = spoilt.grads
+    spoilt.grads = wide[:, 32:132]
+    spoilt.grads[1, 50], spoilt.grads[4, :], spoilt.out[7, 3] = float("nan"), float("inf"), float("nan")
+    for name in ("avg", "sq"):
+        around = torch.full((164,), float("nan"), device=DEVICE)
+        around[32:132] = getattr(spoilt, name)
+        setattr(spoilt, name, around[32:132])
+    # This eps is 0 in float32, and makes 0 / 0 of what lies outside the slice.
+    clean.run(mode, 13, _keys(40), eps=1e-60)
+    spoilt.run(mode, 13, _keys(40), eps=1e-60)
+    assert all(tensor.isfinite().all() for tensor in vars(clean).values())
+    others = [0, 2, 3, 5, 6, 8]
+    for name in ("out", "square", "total", "direction"):
+        assert torch.equal(getattr(clean, name)[others], getattr(spoilt, name)[others])
+    assert spoilt.square[1].isnan() and int(spoilt.out[1].isnan().sum()) == 1
+    assert not spoilt.square[4].isfinite() and int(spoilt.out[7].isnan().sum()) == 1
+
+
+@runs_the_kernel
+def test_two_calls_give_the_same_bytes_and_a_row_does_not_depend_on_its_batch() -> None:
+    start, keys = _Call.make(11, 700, 300), _keys(300)
+    first, second = start.copy().run("torch", 450, keys), start.copy().run("torch", 450, keys)
+    for name in vars(first):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    for row in (0, 10):
+        part = start.copy()
+        for name in ("grads", "out", "square", "total", "direction"):
+            setattr(part, name, getattr(part, name)[row : row + 1])
+        part.run("torch", 450, keys)
+        assert torch.equal(part.out[0], first.out[row]) and torch.equal(part.direction[0], first.direction[row])
+
+
+@runs_the_kernel
+def test_a_vector_in_parts_is_the_whole() -> None:
+    whole, keys = _Call.make(3, 500, 90), _keys(90)
+    parts = whole.copy()
+    whole.run("less_code", 100, keys)
+    for start, stop in ((0, 1), (1, 77), (77, 350), (350, 500)):
+        part = parts.copy()
+        part.grads, part.direction = part.grads[:, start:stop], part.direction[:, start:stop]
+        part.avg, part.sq = part.avg[start:stop], part.sq[start:stop]
+        part.out, part.square, part.total = parts.out, parts.square, parts.total
+        part.run("less_code", 100 + start, keys)
+    for name in ("out", "square", "total"):
+        one, other = getattr(whole, name), getattr(parts, name)
+        # each bucket's few terms come in another order
+        torch.testing.assert_close(one, other, rtol=SUM_RELATIVE, atol=SUM_RELATIVE * float(one.abs().max()))
+
+
+@runs_the_kernel
+def test_directions_may_overwrite_their_gradients_and_be_bfloat16() -> None:
+    start, keys = _Call.make(5, 130, 50), _keys(50)
+    apart, over, half = start.copy().run("torch", 20, keys), start.copy(), start.copy()
+    over.direction = over.grads
+    over.run("torch", 20, keys)
+    half.direction = half.direction.bfloat16()
+    half.run("torch", 20, keys)
+    for name in ("direction", "out", "square", "total"):
+        assert torch.equal(getattr(apart, name), getattr(over, name))
+    assert torch.equal(half.out, apart.out)
+    torch.testing.assert_close(half.direction.float(), apart.direction, rtol=BFLOAT16_RELATIVE, atol=0)
+
+
+@runs_the_kernel
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+def test_without_a_sketch(mode: AdamMode) -> None:
+    sketched = _Call.make(3, 1000, 60)
+    call = sketched.copy()
+    call.square, call.total = call.square.float(), call.total.float()
+    sketched.run(mode, 0, _keys(60))
+    avg, sq = call.avg if mode in ("torch", "less_code") else None, call.sq if mode != "sgd" else None
+    sums = {"square_B": call.square, "total_square_B": call.total}
+    fused_direction(call.grads, avg, sq, _state(), mode, **sums, direction_out_BP=call.direction)
+    assert torch.equal(call.direction, sketched.direction)
+    torch.testing.assert_close(call.square.double(), sketched.square, rtol=SUM_RELATIVE, atol=0)
+    torch.testing.assert_close(call.total.double(), sketched.total, rtol=SUM_RELATIVE, atol=0)
+
+
+@runs_the_kernel
+def test_without_a_sketch_columns_past_one_width() -> None:
+    grads = torch.ones(2, 8192 + 300, device=DEVICE)
+    square = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    fused_direction(grads, None, None, _state(), "sgd", square_B=square, total_square_B=square.clone())
+    assert square.tolist() == [8492.0, 8492.0]
+
+
+@runs_the_kernel
+def test_nothing_comes_of_nothing() -> None:
+    for num_rows, num_columns in ((0, 5), (2, 0)):
+        call = _Call.make(num_rows, num_columns, 10)
+        expected = call.copy()
+        call.run("torch", 3, _keys(10))
+        assert torch.equal(call.out, expected.out) and torch.equal(call.square, expected.square)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
+@needs_triton
+def test_under_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "needs a CUDA device" not in result.stdout, result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@needs_triton
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_it_compiles_for_cuda_without_a_device(
+    mode: AdamMode, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from rose_ray.kernels import fused_triton
+
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this triton has no CUDA backend")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = fused_triton.direction_sketch_kernel
+    tile = {"ROWS": fused_triton.ROWS, "BUCKETS": fused_triton.BUCKETS}
+    constants = {"MODE": mode, "SKETCH": True, "WRITE": True, **tile}
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= {name: "*fp32" for name in types if name.endswith("_ptr")} | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "scale", "root_scale", "eps"), "fp32")
+    types |= {"grads_ptr": f"*{dtype}", "direction_ptr": f"*{dtype}", "shifts_ptr": "*i32"}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, types, constexprs=places)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
+    assert not re.search(r"\b(atom|red)\.(global|relaxed|add)", built.asm["ptx"]), "sums must have one order"
+
+
+def _refused(**changes: Any) -> None:
+    """Call with one thing wrong, on the CPU: what is wrong is seen before the device is."""
+    given: dict[str, Any] = {
+        "grads_BP": torch.ones(2, 6),
+        "exp_avg_P": torch.ones(6),
+        "exp_avg_sq_P": torch.ones(6),
+        "state": _state(),
+        "mode": "torch",
+        "offset": 3,
+        "dim": 4,
+        "sketch_keys": make_sketch_keys(1, 4, 20, "cpu"),
+        "out_BD": torch.zeros(2, 4),
+        "square_B": torch.zeros(2, dtype=torch.float64),
+        "total_square_B": torch.zeros(2, dtype=torch.float64),
+        "direction_out_BP": torch.zeros(2, 6),
+    }
+    fused_direction_sketch(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mode": "adamw"}, ConfigError, "'adamw'"),
+        ({"exp_avg_P": None}, ConfigError, "needs exp_avg,"),
+        ({"exp_avg_sq_P": None, "mode": "v_only"}, ConfigError, "needs exp_avg_sq"),
+        ({"grads_BP": torch.ones(2, 3, 2)}, ShapeError, r"expected \[B, P\]"),
+        ({"grads_BP": torch.ones(2, 6).double()}, NumericsError, "gradients is torch.float64"),
+        ({"grads_BP": torch.ones(6, 2).T}, ShapeError, "gradients has stride 2"),
+        ({"exp_avg_P": torch.ones(5)}, ShapeError, r"exp_avg has shape \(5,\); expected \(6,\)"),
+        ({"exp_avg_sq_P": torch.ones(6).half()}, NumericsError, "exp_avg_sq is torch.float16"),
+        ({"exp_avg_sq_P": torch.ones(6, device="meta")}, ConfigError, "exp_avg_sq is on meta"),
+        ({"out_BD": torch.zeros(2, 5)}, ShapeError, "out has shape"),
+        ({"out_BD": torch.zeros(2, 4).double()}, NumericsError, "out is torch.float64; expected torch.float32"),
+        ({"square_B": torch.zeros(3)}, ShapeError, "square has shape"),
+        ({"total_square_B": torch.zeros(2).half()}, NumericsError, "total_square is torch.float16"),
+        ({"direction_out_BP": torch.zeros(2, 5)}, ShapeError, "direction_out has shape"),
+        ({"offset": 15}, ShapeError, "15 to 21 leaves the vector of 20 parameters"),
+        ({"offset": -1}, ShapeError, "-1 to 5 leaves"),
+        ({"dim": 5}, ConfigError, "dim is 5 and the sketch keys are of dim 4"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _refused(**changes)
+
+
+@pytest.mark.parametrize(("seed", "dim", "num_parameters"), [(-1, 4, 9), (1, 0, 9), (1, 1 << 24, 9), (1, 4, 0)])
+def test_keys_out_of_range_are_refused(seed: int, dim: int, num_parameters: int) -> None:
+    with pytest.raises(ConfigError, match="folded sketch has dim"):
+        make_sketch_keys(seed, dim, num_parameters, "cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does run on the CPU")
+@needs_triton
+def test_tensors_on_the_cpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="runs on CUDA and the gradients are on cpu"):
+        _refused()
+
+
+def test_without_triton_it_can_be_imported_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "rose_ray.kernels.fused_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "rose_ray.kernels.fused")
+    assert importlib.import_module("rose_ray.kernels.fused")
+    with pytest.raises(ConfigError, match="pip install triton"):
+        _refused()
