@@ -62,12 +62,29 @@ FEATURE_REJECTED = pa.schema(
 )
 
 
-def features_schema(dim: int, dtype: pa.DataType) -> pa.Schema:
-    """Schema of one shard's features at one checkpoint. ``dim``: width of the projection."""
+STORED_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "bit1": pa.uint8()}
+"""Arrow type of a stored number of a feature; ``bit1`` has eight in one."""
+
+
+def features_schema(dim: int, stored_dtype: str, num_exact: int = 0) -> pa.Schema:
+    """Schema of one shard's features at one checkpoint.
+
+    Args:
+        dim: Numbers of a feature that are projections; 0 where all are exact.
+        stored_dtype: Key of ``STORED_TYPES``.
+        num_exact: Numbers that are exact inner products, kept in float32 behind the projected ones.
+    """
+    width = -(-dim // 8) if stored_dtype == "bit1" else dim
+    stored = pa.list_(STORED_TYPES[stored_dtype], width)
+    feature = _column("feature", stored, "projection of the Adam direction, over its exact length")
+    scale = _column("scale", pa.float32(), "what the stored integers are multiplied by; signs: bits, lowest first")
+    exact = _column("exact", pa.list_(pa.float32(), num_exact), "exact inner products, over the direction's length")
     return pa.schema(
         [
             _column("row_id", pa.string(), "row"),
-            _column("feature", pa.list_(dtype, dim), "projection of the Adam direction, over its exact length"),
+            *([feature] if dim else []),
+            *([scale] if dim and stored_dtype in ("int8", "bit1") else []),
+            *([exact] if num_exact else []),
             _column("norm", pa.float64(), "exact length of the unprojected direction"),
             _column("momentum_share", pa.float32(), "length of the common moment term over that of the first moment"),
             _column("loss", pa.float32(), "token-mean cross-entropy, nats"),
@@ -75,13 +92,13 @@ def features_schema(dim: int, dtype: pa.DataType) -> pa.Schema:
             _column("num_tokens", pa.int32(), "tokens after cutting"),
             _column("num_tokens_cut", pa.int32(), "tokens cut off at the limit"),
         ],
-        metadata={"table": "features", "version": "1"},
+        metadata={"table": "features", "version": "2", "dim": str(dim), "stored_dtype": stored_dtype},
     )
 
 
 def bank_schema(dim: int) -> pa.Schema:
-    """Schema of a target's pairs at one checkpoint. ``dim``: width of the projection."""
-    side = "gradient of the summed log-probability of the {} answer, projected"
+    """Schema of a target's pairs at one checkpoint. ``dim``: width of a feature, exact numbers included."""
+    side = "gradient of the summed log-probability of the {} answer, as features are made"
     return pa.schema(
         [
             _column("pair_id", pa.string(), "pair"),

@@ -25,6 +25,7 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "targets.objective": _REDUCED,
     "targets.normalize": _REDUCED,
     "targets.aggregation": _REDUCED,
+    "targets.exact": ("bank", "features", *_REDUCED),
     "targets.selection": ("select",),
     "training_set": ("select",),
     "warmup": ("warmup", *_AFTER_WARMUP),
@@ -33,9 +34,11 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "warmup.workers": (),
     "warmup.zero_stage": (),
     "gradients": _AFTER_WARMUP,
-    "gradients.adam": ("features", *_REDUCED),
+    "gradients.adam": _AFTER_WARMUP,
     "gradients.stored_dtype": ("features", *_REDUCED),
     "gradients.max_batch_tokens": (),
+    "gradients.packing": (),
+    "gradients.kernel": (),
     "ray": (),
 }
 

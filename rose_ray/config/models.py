@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
 Objective = Literal["rose", "rose_simpo", "rose_balanced", "dpo_weighted", "less"]
@@ -48,6 +48,9 @@ class ModelConfig(_Strict):
         False, description="Let what follows an answer's end token (a newline) carry loss too, as LESS's code does."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    quantized: Literal["none", "nf4"] = Field(
+        "none", description="nf4 holds the base's linear layers in 4 bits (bitsandbytes); adapters stay whole."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: less memory, about half as fast again."
     )
@@ -184,6 +187,10 @@ class TargetConfig(_Strict):
         "keep_start", description="Which end of a long prompt rose_official keeps; the authors use keep_end for hh."
     )
     aggregation: Literal["max", "mean"] = Field("max", description="From subtask scores to the score.")
+    exact: bool = Field(
+        False,
+        description="Score by exact inner products, made in the same pass as the features, instead of by features.",
+    )
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
 
 
@@ -242,22 +249,59 @@ class WarmupConfig(_Strict):
 
 
 class ProjectionConfig(_Strict):
-    """The random projection that makes a feature of a direction."""
+    """What makes a feature of a direction."""
 
-    kind: Literal["sketch", "rademacher", "none"] = Field(
-        "sketch", description="sketch (fast), rademacher (dense, as the released code), none (exact; small models)."
+    kind: Literal["sketch", "rademacher", "factored", "none", "exact"] = Field(
+        "sketch",
+        description="sketch (fast), rademacher (dense, as the released code), factored (two-sided, per matrix), none "
+        "(every parameter; small models), exact (inner products with the pairs themselves: a new target costs a pass).",
     )
-    dim: int = Field(8192, ge=1, description="Width of a feature; ignored by none.")
+    dim: int = Field(8192, ge=1, description="Width of a feature; ignored by none and exact.")
     seed: int = Field(0, ge=0, description="Seed of the projection.")
+    deflate: bool = Field(
+        True,
+        description="Take the moment term that all directions share out before projecting and keep its inner product "
+        "exactly: less noise for one number a row. Nothing to do for adam: sgd and v_only, nor for none and exact.",
+    )
 
 
 class GradientConfig(_Strict):
     """From a sample's gradient to its feature."""
 
     adam: AdamMode = Field("torch", description="torch, less_code (the released formula), v_only, or sgd.")
-    projection: ProjectionConfig = Field(default_factory=ProjectionConfig, description="The random projection.")
-    stored_dtype: Literal["float16", "float32"] = Field("float16", description="Type of a stored feature.")
-    max_batch_tokens: int = Field(8192, ge=8, description="Bound on rows times length of a batch; changes no score.")
+    projection: ProjectionConfig = Field(default_factory=ProjectionConfig, description="Direction to feature.")
+    exact_basis: Literal["pairs", "subtasks"] = Field(
+        "pairs",
+        description="What exact targets keep of their pairs on the device: both sides of each, or one direction a "
+        "subtask: less memory, but then only this objective's scores are exact, no single pair's influence.",
+    )
+    stored_dtype: Literal["float32", "float16", "int8", "bit1"] = Field(
+        "float16", description="Type of a stored feature; docs/projections.md says what each costs in rank."
+    )
+    max_batch_tokens: int | Literal["auto"] = Field(
+        "auto",
+        description="Bound on rows times length of a batch; auto measures what fits into memory. Changes scores by "
+        "rounding only.",
+    )
+    packing: bool = Field(
+        False, description="Lay rows end to end instead of padding them; for attention: flash_attention_2."
+    )
+    kernel: Literal["torch", "triton"] = Field(
+        "torch", description="What makes features of gradients: torch's operators, or one fused Triton kernel (CUDA)."
+    )
+
+    @field_validator("max_batch_tokens")
+    @classmethod
+    def _room_for_a_row(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 8:
+            raise ValueError("expected auto, or at least 8")
+        return value
+
+    @model_validator(mode="after")
+    def _kernel_fits_projection(self) -> GradientConfig:
+        if self.kernel == "triton" and self.projection.kind not in ("sketch", "exact"):
+            raise ValueError(f"kernel: triton has no projection.kind {self.projection.kind}; set kernel: torch")
+        return self
 
 
 class RayConfig(_Strict):
@@ -306,9 +350,16 @@ class JobConfig(_Strict):
             unknown = sorted(set(self.training_set.targets or []) - set(names))
             if unknown:
                 raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
+        for target in self.targets:
+            if target.normalize == "projected" and self.is_exact(target):
+                raise ValueError(f"targets {target.name}: normalize: projected has no meaning where nothing is projected")
         if self.warmup.adapters is not None and self.gradients.adam != "sgd":
             raise ValueError(
                 f"gradients.adam: {self.gradients.adam} needs Adam moments, and adapters in warmup.adapters are "
                 "taken without any; only sgd is open"
             )
         return self
+
+    def is_exact(self, target: TargetConfig) -> bool:
+        """Whether a target is scored by exact inner products."""
+        return target.exact or self.gradients.projection.kind == "exact"

@@ -10,7 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": {"template": "tulu", "loss_on_turn_tail": True, "max_tokens": 2048},
         "gradients": {
             "adam": "less_code",
-            "projection": {"kind": "rademacher", "dim": 8192, "seed": 0},
+            "projection": {"kind": "rademacher", "dim": 8192, "seed": 0, "deflate": False},
             "stored_dtype": "float16",
         },
         "targets": {

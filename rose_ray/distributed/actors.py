@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,21 @@ import torch
 
 from rose_ray.config.models import GradientConfig, LoraConfig, ModelConfig, RayConfig, TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.data.tokenize import Tokeniser
+from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.session import carried_errors
-from rose_ray.kernels.projection import Projection, make_projection
+from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
+from rose_ray.kernels.projection import Projection
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout
+from rose_ray.model.memory import memory_meter
 from rose_ray.model.scoring import ScoringModel
-from rose_ray.stages.bank import encode_pairs, pair_gradients, reference_logps
-from rose_ray.stages.features import DirectionSettings, shard_features, tokenize_shard
+from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, reference_logps
+from rose_ray.stages.basis import BasisSettings, pair_basis
+from rose_ray.stages.budget import MOST_TOKENS, measured_budget
+from rose_ray.stages.directions import BatchRunner, DirectionSettings
+from rose_ray.stages.features import shard_features, tokenize_shard
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folder
 from rose_ray.stores.manifest import Manifest, commit_artefact
@@ -44,7 +49,8 @@ class ScoringSpec:
         checkpoint_files: What the warm-up's manifest knows of the files in them.
         device: ``cpu`` or ``cuda``.
         threads: Torch threads.
-        features_key: Key of the feature space.
+        max_batch_tokens: Bound on rows times length of a batch.
+        spaces: What features are made for.
     """
 
     workspace: Workspace
@@ -56,13 +62,8 @@ class ScoringSpec:
     checkpoint_files: tuple[FileRecord, ...]
     device: str
     threads: int
-    features_key: str
-
-    @property
-    def projection(self) -> Projection:
-        """The configured projection, for this layout."""
-        settings = self.gradients.projection
-        return make_projection(settings.kind, settings.dim, settings.seed, self.layout.num_parameters)
+    max_batch_tokens: int
+    spaces: tuple[SpaceSpec, ...] = ()
 
     def read_checkpoints(self) -> list[Checkpoint]:
         """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.
@@ -85,6 +86,7 @@ class _ModelHolder:
     def __init__(self, spec: ScoringSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
+        self._projections: dict[SpaceSpec, list[Projection]] = {}
 
     @functools.cached_property
     def checkpoints(self) -> list[Checkpoint]:
@@ -95,87 +97,145 @@ class _ModelHolder:
         return load_scoring_model(self.spec.model, self.spec.lora, device=self.spec.device)
 
 
+    def projections(self, space: SpaceSpec) -> list[Projection]:
+        """What makes features of directions, one for each checkpoint; read once."""
+        if space not in self._projections:
+            spec = self.spec
+            self._projections[space] = load_projections(
+                spec.workspace, space, spec.gradients, spec.layout, self.checkpoints
+            )
+        return self._projections[space]
+
+    def direction_settings(self) -> DirectionSettings:
+        gradients = self.spec.gradients
+        return DirectionSettings(
+            gradients.adam,
+            gradients.stored_dtype,
+            self.spec.max_batch_tokens,
+            packing=gradients.packing,
+            kernel=gradients.kernel,
+        )
+
+
 class ScoringActor(_ModelHolder):
     """Turns one tokenised shard into feature files."""
 
     def __init__(self, spec: ScoringSpec) -> None:
         super().__init__(spec)
-        self.projection = spec.projection
-        self.settings = DirectionSettings(
-            spec.gradients.adam, spec.gradients.stored_dtype, spec.gradients.max_batch_tokens
-        )
+        self.settings = self.direction_settings()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
-        columns = (batch[name] for name in ("shard", "tokens", "rejected", "skipped"))
+        columns = (batch[name] for name in ("shard", "tokens", "rejected", "skipped", "spaces"))
         with carried_errors():
             lines = [
-                self.score_shard(str(shard), _table(tokens), _table(rejected), _table(skipped))
-                for shard, tokens, rejected, skipped in zip(*columns, strict=True)
+                self.score_shard(
+                    str(shard), _table(tokens), _table(rejected), _table(skipped), [int(number) for number in spaces]
+                )
+                for shard, tokens, rejected, skipped, spaces in zip(*columns, strict=True)
             ]
         return {key: [line[key] for line in lines] for key in lines[0]}
 
-    def score_shard(self, shard: str, tokens: pa.Table, rejected: pa.Table, skipped: pa.Table) -> dict[str, Any]:
-        """Compute and commit one shard's features; the receipt goes last."""
+    def score_shard(
+        self, shard: str, tokens: pa.Table, rejected: pa.Table, skipped: pa.Table, spaces: Sequence[int]
+    ) -> dict[str, Any]:
+        """Compute and commit one shard's features in the spaces of these numbers; receipts go last."""
         start = time.monotonic()
         spec = self.spec
-        features = shard_features(self.model, tokens, self.checkpoints, spec.layout, self.projection, self.settings)
+        wanted = [spec.spaces[number] for number in spaces]
+        maps = [self.projections(space) for space in wanted]
+        features = shard_features(self.model, tokens, self.checkpoints, spec.layout, maps, self.settings)
+        self.settings = replace(self.settings, max_batch_tokens=features.max_batch_tokens)
+        computed = time.monotonic()
         rejected = pa.concat_tables([rejected, features.rejected])
-        folder = shard_folder(spec.features_key, shard)
-        files = [
-            spec.workspace.write_table(f"{folder}/{checkpoint_file(name)}", table)
-            for name, table in zip(spec.checkpoint_names(), features.tables, strict=True)
-        ]
-        files.append(spec.workspace.write_table(f"{folder}/{REJECTED_FILE}", rejected))
-        num_scored = features.tables[0].num_rows
-        manifest = commit_artefact(
-            spec.workspace,
-            "features",
-            {"features": spec.features_key, "shard": shard},
-            files,
-            {"rows": num_scored + rejected.num_rows, "scored": num_scored, "rejected": rejected.num_rows},
-            {
-                "skipped": skipped["row_id"].to_pylist(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "num_tokens": sum(len(ids) for ids in tokens["input_ids"]),
-                "num_tokens_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy())),
-                "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
-            },
-            started=start,
-            folder=folder,
-        )
-        return {
-            "shard": shard,
-            **manifest.counts,
-            "num_tokens": manifest.facts["num_tokens"],
-            "num_bytes": manifest.num_bytes,
-            "seconds": manifest.seconds,
+        num_scored = features.tables[0][0].num_rows
+        counts = {"rows": num_scored + rejected.num_rows, "scored": num_scored, "rejected": rejected.num_rows}
+        facts = {
+            "skipped": skipped["row_id"].to_pylist(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "num_tokens": sum(len(ids) for ids in tokens["input_ids"]),
+            "num_tokens_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy())),
+            "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
+            "num_positions": features.num_positions,
+            "num_halvings": features.num_halvings,
+            "compute_seconds": round(computed - start, 3),
+            "ended_at": round(time.time(), 3),
         }
+        num_bytes = 0
+        for space, tables in zip(wanted, features.tables, strict=True):
+            folder = shard_folder(space.features_key, shard)
+            files = [
+                spec.workspace.write_table(f"{folder}/{checkpoint_file(name)}", table)
+                for name, table in zip(spec.checkpoint_names(), tables, strict=True)
+            ]
+            files.append(spec.workspace.write_table(f"{folder}/{REJECTED_FILE}", rejected))
+            made_from = {"features": space.features_key, "shard": shard}
+            receipt = commit_artefact(
+                spec.workspace, "features", made_from, files, counts, facts, started=start, folder=folder
+            )
+            num_bytes += receipt.num_bytes
+        seconds = round(time.monotonic() - start, 3)
+        return {"shard": shard, **counts, "num_tokens": facts["num_tokens"], "num_bytes": num_bytes, "seconds": seconds}
 
 
 class BankActor(_ModelHolder):
-    """Turns targets' pairs into bank tables."""
+    """Turns targets' pairs into bank tables and exact bases, and finds out what fits into memory."""
 
-    def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> list[pa.Table]:
+    def budget(self, spaces: Sequence[SpaceSpec]) -> int:
+        """Return the largest batch that fits beside the maps of these spaces, in tokens."""
+        spec, length = self.spec, self.spec.model.max_tokens
+        sample = Sample([0] * length, [True] * length)
+        maps = [self.projections(space) for space in spaces]
+        runner = BatchRunner(self.model, spec.layout, replace(self.direction_settings(), max_batch_tokens=2 * length))
+
+        def run(rows: int) -> None:
+            projections = [each[0].to(self.model.device) for each in maps]
+            list(runner.run([sample] * rows, self.checkpoints[0], projections))
+
+        meter = memory_meter(self.model.device)
+        return measured_budget(run, length, MOST_TOKENS[self.model.device.type], meter)
+
+    def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""
-        encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
-        max_batch_tokens = self.spec.gradients.max_batch_tokens
-        reference_V2 = reference_logps(self.model, encoded, max_batch_tokens=max_batch_tokens)
-        beta = target.dpo_beta if target.encoding == "rose_official" else None
+        encoded, reference_V2 = self._encoded(target, pairs)
         return [
             pair_gradients(
                 self.model,
                 encoded,
                 checkpoint,
                 self.spec.layout,
-                self.spec.projection,
-                max_batch_tokens=max_batch_tokens,
+                projection,
+                max_batch_tokens=self.spec.max_batch_tokens,
                 reference_V2=reference_V2,
-                half_precision_beta=beta,
-            )
-            for checkpoint in self.checkpoints
+                half_precision_beta=_half_precision_beta(target),
+            ).table()
+            for checkpoint, projection in zip(self.checkpoints, self.projections(space), strict=True)
         ]
+
+    def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
+        """Write a target's exact basis, a file per checkpoint: it is too large to travel."""
+        encoded, reference_V2 = self._encoded(target, pairs)
+        spec = self.spec
+        per_subtask = spec.gradients.exact_basis == "subtasks"
+        settings = BasisSettings(per_subtask, spec.max_batch_tokens, _half_precision_beta(target))
+        records = []
+        for name, checkpoint in zip(spec.checkpoint_names(), self.checkpoints, strict=True):
+            basis_JP = pair_basis(self.model, encoded, checkpoint, spec.layout, target, reference_V2, settings)
+            records.append(
+                spec.workspace.write(f"{folder}/{name}.safetensors", basis_bytes(basis_JP), num_rows=len(basis_JP))
+            )
+        return records
+
+    def _encoded(
+        self, target: TargetConfig, pairs: Sequence[PreferencePair]
+    ) -> tuple[list[EncodedPair], torch.Tensor]:
+        encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
+        return encoded, reference_logps(self.model, encoded, max_batch_tokens=self.spec.max_batch_tokens)
+
+
+def _half_precision_beta(target: TargetConfig) -> float | None:
+    return target.dpo_beta if target.encoding == "rose_official" else None
 
 
 def tokenize_task(row: dict[str, Any], spec: ScoringSpec, pool: Manifest) -> dict[str, Any]:
@@ -184,7 +244,8 @@ def tokenize_task(row: dict[str, Any], spec: ScoringSpec, pool: Manifest) -> dic
     table = read_pool_shard(spec.workspace, pool, shard)
     tokens, rejected = tokenize_shard(table, cached_tokeniser(spec.model))
     skipped = pa.table({"row_id": pa.array(list(row["skipped"]), pa.string())})
-    return {"shard": shard, "tokens": _bytes(tokens), "rejected": _bytes(rejected), "skipped": _bytes(skipped)}
+    tables = {"tokens": _bytes(tokens), "rejected": _bytes(rejected), "skipped": _bytes(skipped)}
+    return {"shard": shard, **tables, "spaces": row["spaces"]}
 
 
 @functools.lru_cache(maxsize=1)

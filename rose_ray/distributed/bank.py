@@ -1,4 +1,4 @@
-"""The bank stage on Ray: one actor holds the model for all targets whose bank is missing."""
+"""The pairs on Ray: one actor holds the model for all bases and banks that are missing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import ray
 from rose_ray.config.models import TargetConfig
 from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
 from rose_ray.distributed.actors import BankActor
-from rose_ray.distributed.job import Job
+from rose_ray.distributed.job import FeatureSet, Job
 from rose_ray.filesystem import expand
 from rose_ray.stages.bank import BANK_VERSION
+from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 
@@ -47,40 +48,116 @@ def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
     return take_shots(pairs, target.shots, target=target.name)
 
 
-def bank_made_from(job: Job, warmup: Manifest, target: TargetConfig, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+BANK_BATCH_TOKENS = 4096
+"""Bound on a batch of pairs where ``gradients.max_batch_tokens`` is measured: they are few, and measured beside."""
+
+
+class ModelActor:
+    """The one actor that works on pairs; it starts when first needed."""
+
+    def __init__(self, job: Job, warmup: Manifest) -> None:
+        self.job, self.warmup = job, warmup
+        self._handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        """Of a running `BankActor`."""
+        if self._handle is None:
+            configured = self.job.config.gradients.max_batch_tokens
+            bound = BANK_BATCH_TOKENS if configured == "auto" else configured
+            self._handle = self.job.actor(BankActor, self.job.spec(self.warmup, bound))
+        return self._handle
+
+    def stop(self) -> None:
+        """Give its resources back."""
+        if self._handle is not None:
+            ray.kill(self._handle)
+            self._handle = None
+
+
+def bank_made_from(
+    job: Job, feature_set: FeatureSet, target: TargetConfig, pairs: Sequence[PreferencePair]
+) -> dict[str, Any]:
     """What a bank depends on: not the objective, nor how scores are aggregated."""
-    official = target.encoding == "rose_official"
     return {
         "stage": "bank",
         "version": BANK_VERSION,
-        "space": job.space(warmup),
+        "space": feature_set.made_from["space"],
+        **_pairs_made_from(job, target, pairs),
+    }
+
+
+def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]], actor: ModelActor) -> None:
+    """Find or compute the exact basis of every target that is scored exactly."""
+    for target in job.config.targets:
+        if not job.config.is_exact(target):
+            continue
+        started = time.monotonic()
+        per_subtask = job.config.gradients.exact_basis == "subtasks"
+        made_from = {
+            "stage": "basis",
+            "version": BASIS_VERSION,
+            "space": job.bare_space(warmup),
+            **_pairs_made_from(job, target, pairs[target.name]),
+            # Both sides of every pair serve any objective; one direction a subtask serves its own.
+            "objective": [target.objective, target.normalize, target.dpo_beta] if per_subtask else None,
+        }
+        folder = f"basis/{artefact_key(made_from)}"
+        basis = find_manifest(job.workspace, folder)
+        reused = basis is not None
+        if basis is None:
+            if per_subtask:
+                logger.info(
+                    f"basis {target.name}: one direction a subtask: {target.objective} scores are exact; another "
+                    "objective needs another pass, and influences of single pairs mean nothing"
+                )
+            files = ray.get(actor.handle.basis.remote(target, pairs[target.name], folder))
+            counts = {"pairs": len(pairs[target.name]), "directions": max(record.num_rows for record in files)}
+            basis = commit_artefact(job.workspace, "basis", made_from, files, counts, {}, started=started)
+        job.result.bases[target.name] = basis
+        job.note(f"basis {target.name}", basis, started, reused=reused)
+
+
+def make_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]], actor: ModelActor) -> None:
+    """Find or compute the bank of every target; the model is loaded once for all that are missing."""
+    for target in job.config.targets:
+        started = time.monotonic()
+        feature_set = job.feature_set(warmup, target)
+        made_from = bank_made_from(job, feature_set, target, pairs[target.name])
+        bank = find_manifest(job.workspace, f"bank/{artefact_key(made_from)}")
+        reused = bank is not None
+        if bank is None:
+            num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
+            logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
+            tables: list[pa.Table] = ray.get(actor.handle.bank.remote(target, pairs[target.name], feature_set.spec))
+            bank = _commit_bank(job, made_from, warmup, tables, started)
+        job.result.banks[target.name] = bank
+        job.note(f"bank {target.name}", bank, started, reused=reused)
+
+
+def batch_budget(job: Job, warmup: Manifest, actor: ModelActor) -> int:
+    """Return the bound of a batch: the configured one, the remembered one, or what memory allows, measured now."""
+    configured = job.config.gradients.max_batch_tokens
+    if configured != "auto":
+        return configured
+    file = job.budget_file(warmup)
+    if job.workspace.exists(file):
+        return int(job.workspace.read_json(file)["max_batch_tokens"])
+    spaces = [feature_set.spec for feature_set in job.feature_sets(warmup).values()]
+    measured: int = ray.get(actor.handle.budget.remote(spaces))
+    job.workspace.write_json(file, {"max_batch_tokens": measured})
+    logger.info(f"features: batches of up to {measured:,} tokens, as measured; remembered in {file}")
+    return measured
+
+
+def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+    official = target.encoding == "rose_official"
+    return {
         **job.encoding(),
         "pairs": hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest(),
         "encoding": target.encoding,
         "official": [target.official_cut, target.dpo_beta] if official else None,
     }
-
-
-def make_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> None:
-    """Find or compute the bank of every target; the model is loaded once for all that are missing."""
-    actor: Any = None
-    try:
-        for target in job.config.targets:
-            started = time.monotonic()
-            made_from = bank_made_from(job, warmup, target, pairs[target.name])
-            bank = find_manifest(job.workspace, f"bank/{artefact_key(made_from)}")
-            reused = bank is not None
-            if bank is None:
-                actor = actor or job.actor(BankActor, job.spec(warmup))
-                num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
-                logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
-                tables: list[pa.Table] = ray.get(actor.bank.remote(target, pairs[target.name]))
-                bank = _commit_bank(job, made_from, warmup, tables, started)
-            job.result.banks[target.name] = bank
-            job.note(f"bank {target.name}", bank, started, reused=reused)
-    finally:
-        if actor is not None:
-            ray.kill(actor)
 
 
 def _commit_bank(

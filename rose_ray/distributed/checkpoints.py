@@ -92,6 +92,7 @@ def _warmup_settings(job: Job) -> dict[str, Any]:
         "text": identity.text,
         "max_tokens": config.model.max_tokens,
         "dtype": config.model.dtype,
+        "quantized": config.model.quantized,
         "warmup": config.warmup.model_dump(mode="json", exclude=not_numeric),
     }
 

@@ -59,6 +59,9 @@ def load_scoring_model(
     whole = model.loader == "plain" or model.deepspeed.zero_stage == 0
     base = load_base(model, device=device if whole else "cpu", dtype=dtype)
     peft_model = attach_adapter(base, lora, dropout=0.0)
+    # Scored in the base's type: float32 products on a GPU would cost more than the rest of the layer.
+    for parameter in adapter_parameters(peft_model).values():
+        parameter.data = parameter.data.to(dtype or getattr(torch, model.dtype))
     if model.loader == "plain":
         return ScoringModel(
             _checkpointed(peft_model.to(device), model), device, checkpointed=model.gradient_checkpointing

@@ -24,59 +24,82 @@ from rose_ray.stores.runs import StageRecord
 logger = logging.getLogger(__name__)
 
 
-def make_features(job: Job, pool: Manifest, warmup: Manifest) -> None:
-    """Compute the features of every shard that has none yet."""
-    started = time.monotonic()
-    spec = job.spec(warmup)
+def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, list[int]]:
+    """Return the shards whose features are missing, each with the numbers of the feature sets that it lacks."""
     skipped = skipped_rows(job.workspace, pool)
-    missing = [
-        entry
-        for entry in pool.facts["shards"]
-        if find_shard(job.workspace, spec.features_key, entry["shard"], skipped.get(entry["shard"], [])) is None
-    ]
-    folder = f"features/{spec.features_key}"
-    job.workspace.write_json(f"{folder}/space.json", job.features_made_from(warmup))
+    sets = list(job.feature_sets(warmup).values())
+    missing = {}
+    for entry in pool.facts["shards"]:
+        shard = entry["shard"]
+        lacking = [
+            number
+            for number, feature_set in enumerate(sets)
+            if find_shard(job.workspace, feature_set.key, shard, skipped.get(shard, [])) is None
+        ]
+        if lacking:
+            missing[shard] = lacking
+    return missing
+
+
+def make_features(
+    job: Job, pool: Manifest, warmup: Manifest, missing: Mapping[str, Sequence[int]], max_batch_tokens: int
+) -> None:
+    """Compute what `missing_features` found, in one pass over each shard, and account for all of it."""
+    started = time.monotonic()
+    sets = job.feature_sets(warmup)
+    skipped = skipped_rows(job.workspace, pool)
+    for feature_set in sets.values():
+        job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
     if missing:
+        spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
         _compute(spec, pool, missing, skipped, job.config.ray)
-    _account_features(job, pool, spec.features_key, folder, skipped, started, reused=not missing)
+    for number, (name, feature_set) in enumerate(sets.items()):
+        reused = not any(number in lacking for lacking in missing.values())
+        stage = f"features {name}".strip()
+        _account_features(job, pool, stage, feature_set.key, skipped, started, reused=reused)
 
 
 def _account_features(
-    job: Job, pool: Manifest, key: str, folder: str, skipped: dict[str, list[str]], started: float, *, reused: bool
+    job: Job, pool: Manifest, stage: str, key: str, skipped: dict[str, list[str]], started: float, *, reused: bool
 ) -> None:
     totals = {"rows": 0, "scored": 0, "rejected": 0}
-    rows_cut = num_bytes = 0
+    facts = {"num_rows_cut": 0, "num_tokens": 0, "num_positions": 0, "num_halvings": 0}
+    num_bytes = 0
     for entry in pool.facts["shards"]:
         receipt = find_shard(job.workspace, key, entry["shard"], skipped.get(entry["shard"], []))
         if receipt is None or receipt.counts["rows"] < entry["num_rows"] - entry["num_skipped"]:
-            raise AccountingError(f"features: shard {entry['shard']} is not complete. Run again.")
+            raise AccountingError(f"{stage}: shard {entry['shard']} is not complete. Run again.")
         totals = {name: totals[name] + receipt.counts[name] for name in totals}
-        rows_cut += receipt.facts["num_rows_cut"]
+        facts = {name: facts[name] + receipt.facts[name] for name in facts}
         num_bytes += receipt.num_bytes
     if totals["rows"] != totals["scored"] + totals["rejected"]:
         raise AccountingError(
-            f"features: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
+            f"{stage}: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
         )
     seconds = round(time.monotonic() - started, 3)
-    totals[f"cut at {job.config.model.max_tokens} tokens"] = rows_cut
-    job.record(StageRecord("features", key, folder, reused, seconds, totals, num_bytes))
+    totals[f"cut at {job.config.model.max_tokens} tokens"] = facts["num_rows_cut"]
+    if facts["num_halvings"]:
+        totals["batches halved for memory"] = facts["num_halvings"]
+    job.record(StageRecord(stage, key, f"features/{key}", reused, seconds, totals, num_bytes))
+    padding = 1 - facts["num_tokens"] / facts["num_positions"] if facts["num_positions"] else 0.0
+    logger.info(f"{stage}: {facts['num_tokens']:,} tokens a checkpoint, padding {padding:.1%} of positions")
 
 
 def _compute(
     spec: ScoringSpec,
     pool: Manifest,
-    entries: Sequence[Mapping[str, Any]],
+    missing: Mapping[str, Sequence[int]],
     skipped: Mapping[str, list[str]],
     settings: RayConfig,
 ) -> None:
-    """Compute the features of the shards in ``entries``.
+    """Compute the features of the shards in ``missing``.
 
     One Ray row is one shard: only names and tokens travel, gradients never leave their actor.
 
     Args:
         spec: What an actor needs to know.
         pool: The pool that the shards belong to.
-        entries: From the pool's ``shards``.
+        missing: Shards, each with the numbers of the spaces that it lacks.
         skipped: Row ids passed over, by shard.
         settings: Actors and resources.
     """
@@ -88,7 +111,11 @@ def _compute(
     if not is_verbose():
         # Ray Data sets its own level once it is imported. Its errors come back as exceptions; its log calls ours a bug.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = [{"shard": entry["shard"], "skipped": skipped.get(entry["shard"], [])} for entry in entries]
+    entries = [entry for entry in pool.facts["shards"] if entry["shard"] in missing]
+    rows = [
+        {"shard": shard, "skipped": skipped.get(shard, []), "spaces": list(lacking)}
+        for shard, lacking in missing.items()
+    ]
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")
     tokenize = functools.partial(_tokenize, spec=spec, pool_ref=[ray.put(pool)])

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import ray
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.models import JobConfig, TargetConfig
 from rose_ray.distributed.actors import ScoringSpec, device_of
-from rose_ray.kernels.projection import make_projection
+from rose_ray.distributed.spaces import SpaceSpec, projection_identity
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.stages.features import FEATURES_VERSION
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.runs import StageRecord
-from rose_ray.stores.workspace import Workspace
+from rose_ray.stores.workspace import FileRecord, Workspace
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One kind of features: what they depend on besides their row (not pool, workers or batches), and where they go."""
+
+    made_from: dict[str, Any]
+    spec: SpaceSpec
+
+    @property
+    def key(self) -> str:
+        """Of the folder that holds them."""
+        return self.spec.features_key
 
 
 @dataclass
@@ -30,13 +43,14 @@ class RunResult:
     Attributes:
         stages: A record each, in order.
         pool, warmup: Their artefacts.
-        banks, scores: By target.
+        bases, banks, scores: By target; bases of those that are scored exactly.
         selections: By target, and ``training_set`` where one is configured.
     """
 
     stages: list[StageRecord] = field(default_factory=list)
     pool: Manifest | None = None
     warmup: Manifest | None = None
+    bases: dict[str, Manifest] = field(default_factory=dict)
     banks: dict[str, Manifest] = field(default_factory=dict)
     scores: dict[str, Manifest] = field(default_factory=dict)
     selections: dict[str, Manifest] = field(default_factory=dict)
@@ -62,23 +76,55 @@ class Job:
         found: ModelIdentity = ray.get(self.task(describe_model, self.config.model, self.config.lora))
         return found
 
-    def space(self, warmup: Manifest) -> dict[str, Any]:
-        """What features and bank must share to be multiplied."""
-        identity, settings = self.identity, self.config.gradients.projection
-        projection = make_projection(settings.kind, settings.dim, settings.seed, identity.layout.num_parameters)
+    def bare_space(self, warmup: Manifest) -> dict[str, Any]:
+        """Where gradients live, before anything projects them."""
         return {
-            "base": identity.base,
+            "base": self.identity.base,
             "adapters": [checkpoint["adapter"] for checkpoint in warmup.facts["checkpoints"]],
-            "layout": identity.layout.digest,
-            "projection": projection.identity(),
+            "layout": self.identity.layout.digest,
         }
+
+    def feature_sets(self, warmup: Manifest) -> dict[str, FeatureSet]:
+        """The feature spaces of this run: under ``""`` that of the projection, and one per exact target by its name.
+
+        Exact spaces need the bases of ``make_bases``.
+        """
+        config = self.config
+        sets = {}
+        if config.gradients.projection.kind != "exact":
+            identity = projection_identity(config.gradients, self.identity.layout)
+            space = {**self.bare_space(warmup), "projection": identity}
+            sets[""] = self._feature_set(warmup, space, config.gradients.stored_dtype, None)
+        for target in config.targets:
+            if config.is_exact(target):
+                basis = self.result.bases[target.name]
+                space = {**self.bare_space(warmup), "projection": f"exact/v1/basis={basis.key}"}
+                sets[target.name] = self._feature_set(warmup, space, "float32", tuple(basis.files))
+        return sets
+
+    def feature_set(self, warmup: Manifest, target: TargetConfig) -> FeatureSet:
+        """The features that a target is scored by."""
+        return self.feature_sets(warmup)[target.name if self.config.is_exact(target) else ""]
+
+    def _feature_set(
+        self, warmup: Manifest, space: dict[str, Any], stored_dtype: str, basis: tuple[FileRecord, ...] | None
+    ) -> FeatureSet:
+        made_from = {
+            "stage": "features",
+            "version": FEATURES_VERSION,
+            "space": space,
+            **self.encoding(),
+            "adam": self.config.gradients.adam,
+            "stored_dtype": stored_dtype,
+        }
+        return FeatureSet(made_from, SpaceSpec(artefact_key(made_from), basis))
 
     def encoding(self) -> dict[str, Any]:
         """What decides how text becomes numbers, besides the space."""
         model = self.config.model
-        return {"text": self.identity.text, "max_tokens": model.max_tokens, "dtype": model.dtype}
+        return {"text": self.identity.text, "max_tokens": model.max_tokens, "dtype": model.dtype, "quantized": model.quantized}
 
-    def spec(self, warmup: Manifest) -> ScoringSpec:
+    def spec(self, warmup: Manifest, max_batch_tokens: int, spaces: Sequence[SpaceSpec] = ()) -> ScoringSpec:
         """What scoring actors need to know."""
         config = self.config
         return ScoringSpec(
@@ -91,19 +137,22 @@ class Job:
             checkpoint_files=tuple(file for file in warmup.files if "/checkpoint-" in file.path),
             device=device_of(config.ray),
             threads=config.ray.threads_per_actor,
-            features_key=artefact_key(self.features_made_from(warmup)),
+            max_batch_tokens=max_batch_tokens,
+            spaces=tuple(spaces),
         )
 
-    def features_made_from(self, warmup: Manifest) -> dict[str, Any]:
-        """What a feature depends on besides its row: not the pool, the workers or the batches."""
-        return {
-            "stage": "features",
-            "version": FEATURES_VERSION,
-            "space": self.space(warmup),
-            **self.encoding(),
-            "adam": self.config.gradients.adam,
-            "stored_dtype": self.config.gradients.stored_dtype,
+    def budget_file(self, warmup: Manifest) -> str:
+        """Where the measured batch bound of these settings is remembered."""
+        config = self.config
+        settings = {
+            "model": config.model.model_dump(mode="json"),
+            "lora": config.lora.model_dump(mode="json"),
+            "gradients": config.gradients.model_dump(mode="json"),
+            "device": device_of(config.ray),
+            "gpus": config.ray.gpus_per_actor,
+            "spaces": [each.made_from["space"]["projection"] for each in self.feature_sets(warmup).values()],
         }
+        return f"budgets/{artefact_key(settings)}.json"
 
     def task(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Start a task with the resources of a reader and return its reference."""

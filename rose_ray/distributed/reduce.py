@@ -20,14 +20,10 @@ logger = logging.getLogger(__name__)
 def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
     """Reduce the score table of every target."""
     checkpoints = warmup.facts["checkpoints"]
-    key = artefact_key(job.features_made_from(warmup))
-    features = {
-        "key": key,
-        "space": job.space(warmup),
+    provenance = {
         "checkpoints": [c["name"] for c in checkpoints],
         "mean_learning_rates": [c["mean_learning_rate"] for c in checkpoints],
         "adam": job.config.gradients.adam,
-        "stored_dtype": job.config.gradients.stored_dtype,
         "template": job.config.model.template,
         "text": job.identity.text,
         "warmup": warmup.folder,
@@ -38,11 +34,18 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
     for target in job.config.targets:
         started = time.monotonic()
         bank = job.result.banks[target.name]
+        feature_set = job.feature_set(warmup, target)
+        features = {
+            "key": feature_set.key,
+            "space": feature_set.made_from["space"],
+            "stored_dtype": feature_set.made_from["stored_dtype"],
+            **provenance,
+        }
         made_from = {
             "stage": "score",
             "version": SCORE_VERSION,
-            "features": key,
-            "weights": features["mean_learning_rates"],
+            "features": feature_set.key,
+            "weights": provenance["mean_learning_rates"],
             "pool": pool.key,
             "bank": bank.key,
             "objective": target.objective,

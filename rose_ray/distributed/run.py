@@ -11,9 +11,9 @@ from collections.abc import Collection
 
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.models import JobConfig
-from rose_ray.distributed.bank import make_banks, read_target_pairs
+from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases, read_target_pairs
 from rose_ray.distributed.checkpoints import warm_up
-from rose_ray.distributed.features import make_features
+from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.reduce import make_scores, make_selections
@@ -80,10 +80,18 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     warmup = warm_up(job, pool, new_warmup)
-    if "bank" in stages:
-        make_banks(job, warmup, pairs)
+    actor = ModelActor(job, warmup)
+    try:
+        if "bank" in stages or "features" in stages:
+            make_bases(job, warmup, pairs, actor)
+        if "bank" in stages:
+            make_banks(job, warmup, pairs, actor)
+        missing = missing_features(job, pool, warmup) if "features" in stages else {}
+        budget = batch_budget(job, warmup, actor) if missing else 0
+    finally:
+        actor.stop()
     if "features" in stages:
-        make_features(job, pool, warmup)
+        make_features(job, pool, warmup, missing, budget)
     if "score" in stages:
         make_scores(job, pool, warmup)
     if "select" in stages:

@@ -1,17 +1,16 @@
-"""Per-sample gradients of linear layers, batch at once, module by module as backward runs.
+"""Per-sample gradients of a LoRA layer, batch at once, layer by layer as backward runs.
 
 For a linear map ``y = x W^T`` over a sequence, sample b's weight gradient is the sum over its tokens of the outer
-product of the output gradient and the input. A tap on the output keeps the input through the forward pass and
-hands both to a consumer in the backward pass, after which they are free. Autograd never forms a weight gradient,
+product of the output gradient and the input. The adapter's part of a layer runs as one autograd function, which hands
+both factors to a receiver in the backward pass, after which they are free. Autograd never forms a weight gradient,
 ``param.grad`` is never read, and the matrix of all gradients never exists.
 
-Shapes: B batch, S tokens, I inputs, O outputs.
+Shapes: B batch, S tokens of a padded row, T tokens of a packed one, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,63 +19,100 @@ from torch import Tensor, nn
 GradientConsumer = Callable[[str, Tensor], None]
 """Called once per parameter and backward pass with its name and gradients [B, O, I]."""
 
+FactorReceiver = Callable[[str, Tensor, Tensor], None]
+"""Called with ``A`` or ``B`` and the factors of that weight's gradients: input [B, S, I], output gradient [B, S, O]."""
+
 
 def linear_weight_gradients(input_BSI: Tensor, output_grad_BSO: Tensor) -> Tensor:
     """Return each sample's weight gradient of a linear layer, [B, O, I].
 
     Args:
         input_BSI: What went into the layer.
-        output_grad_BSO: Gradient of the summed loss in the layer's output, zero at padding.
+        output_grad_BSO: Gradient of the summed loss in the layer's output, zero at padding; type of the input.
 
     Returns:
-        Gradients in float32, or in float64 where the inputs are; accumulated over S in that type.
+        Gradients in float32, or in float64 where the inputs are. Products of bfloat16 are added up in float32; on the
+        CPU the sums are rounded to bfloat16 once (8 bits an entry, no worse than the activations they come from).
     """
     dtype = torch.promote_types(output_grad_BSO.dtype, torch.float32)
-    return torch.bmm(output_grad_BSO.to(dtype).transpose(1, 2), input_BSI.to(dtype))
+    if output_grad_BSO.is_cuda and output_grad_BSO.dtype is not dtype:
+        return torch.bmm(output_grad_BSO.transpose(1, 2), input_BSI, out_dtype=dtype)
+    return torch.bmm(output_grad_BSO.transpose(1, 2), input_BSI).to(dtype)
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output that sees input and output gradient in the backward pass.
-
-    The input goes through ``save_for_backward``, so activation checkpointing recomputes it like any other.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_input: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(layer_input)
-        ctx.receive = receive
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (layer_input,) = ctx.saved_tensors
-        ctx.receive(layer_input, grads[0])
-        return grads[0], None, None
-
-
-@contextmanager
-def tapped(layers: Mapping[str, nn.Module], consume: GradientConsumer) -> Iterator[None]:
-    """Send the per-sample weight gradient of each layer to ``consume`` during backward.
+def packed_weight_gradients(input_TI: Tensor, output_grad_TO: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return each sample's weight gradient where samples lie end to end in one row, [B, O, I].
 
     Args:
-        layers: Linear layers by the name of their weight. Weights must be frozen: their gradients would be paid twice.
-        consume: Receives ``(name, gradients [B, O, I])``; runs without autograd.
+        input_TI: What went into the layer.
+        output_grad_TO: Gradient of the summed loss in the layer's output.
+        lengths: Tokens of each sample, in order; they sum to T.
+
+    Returns:
+        As `linear_weight_gradients`.
+    """
+    parts = zip(torch.split(input_TI, list(lengths)), torch.split(output_grad_TO, list(lengths)), strict=True)
+    return torch.cat([linear_weight_gradients(part[None], grad[None]) for part, grad in parts])
+
+
+class _AddedLora(torch.autograd.Function):
+    """``base + scaling * B(A(x))``, in place on ``base``.
+
+    Inputs go through ``save_for_backward``, so activation checkpointing recomputes them like any other. The anchor
+    requires a gradient and gets none: it starts the graph at the lowest adapter, so nothing runs backward below it.
     """
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def receive(layer_input: Tensor, output_grad: Tensor) -> None:
-            with torch.no_grad():
-                consume(name, linear_weight_gradients(layer_input, output_grad))
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        base_BSO: Tensor,
+        input_BSI: Tensor,
+        anchor: Tensor,
+        lora_a: nn.Module,
+        lora_b: nn.Module,
+        scaling: float,
+        receive: FactorReceiver | None,
+    ) -> Tensor:
+        # Called as modules: under ZeRO stage 3 it is their hooks that gather the weights.
+        inner_BSR = lora_a(input_BSI)
+        base_BSO.add_(lora_b(inner_BSR), alpha=scaling)
+        ctx.mark_dirty(base_BSO)
+        ctx.save_for_backward(input_BSI, inner_BSR)
+        ctx.weights, ctx.scaling, ctx.receive = (lora_a.weight, lora_b.weight), scaling, receive
+        return base_BSO
 
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            tap: Tensor = _Tap.apply(output, inputs[0], receive)
-            return tap
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input_BSI, inner_BSR = ctx.saved_tensors
+        (weight_RI, weight_OR), grad_BSO = ctx.weights, grads[0]
+        inner_grad_BSR = (grad_BSO @ weight_OR).mul_(ctx.scaling)
+        if ctx.receive is not None:
+            ctx.receive("A", input_BSI, inner_grad_BSR)
+            ctx.receive("B", inner_BSR * ctx.scaling, grad_BSO)
+        input_grad_BSI = inner_grad_BSR @ weight_RI if ctx.needs_input_grad[1] else None
+        return grad_BSO, input_grad_BSI, None, None, None, None, None
 
-        return hook
 
-    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def added_lora(
+    base_BSO: Tensor,
+    input_BSI: Tensor,
+    lora_a: nn.Module,
+    lora_b: nn.Module,
+    scaling: float,
+    receive: FactorReceiver | None,
+) -> Tensor:
+    """Add a LoRA layer's part to what its base layer gave, and send the factors of its gradients on in backward.
+
+    Args:
+        base_BSO: Output of the base layer; changed in place.
+        input_BSI: What went into both, in the type of the adapter.
+        lora_a, lora_b: Linear layers I to R and R to O without bias. Their weights must be frozen.
+        scaling: What the adapter's output is multiplied by.
+        receive: Gets the factors of both weights' gradients in the backward pass; None where nobody wants them.
+
+    Returns:
+        ``base_BSO``, part of the graph whether or not its inputs are.
+    """
+    anchor = torch.zeros((), requires_grad=receive is not None)
+    out_BSO: Tensor = _AddedLora.apply(base_BSO, input_BSI, anchor, lora_a, lora_b, scaling, receive)
+    return out_BSO

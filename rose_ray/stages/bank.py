@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.errors import NonFiniteError, PairError, RowError
 from rose_ray.kernels.losses import dpo_margin
+from rose_ray.kernels.objectives import PairGradients
 from rose_ray.kernels.projection import Projection
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
 from rose_ray.model.scoring import ScoringModel, pad_batch
 from rose_ray.schemas import bank_schema
 
-BANK_VERSION = 1
+BANK_VERSION = 2
 """Raised whenever the same input would give other numbers."""
 
 
@@ -95,8 +97,8 @@ def pair_gradients(
     max_batch_tokens: int,
     reference_V2: Tensor | None = None,
     half_precision_beta: float | None = None,
-) -> pa.Table:
-    """Compute a target's bank at one checkpoint.
+) -> PairRows:
+    """Compute a target's pairs at one checkpoint.
 
     Args:
         model: Base model with an adapter slot.
@@ -109,9 +111,6 @@ def pair_gradients(
         half_precision_beta: Where given, both gradients are scaled as in the DPO loss with this beta and rounded to
             float16 before projection, as the released code does; entries below 6e-8 vanish.
 
-    Returns:
-        Schema ``bank_schema(D)``, a row per pair in the order given.
-
     Raises:
         NonFiniteError: A gradient or log-probability is NaN or infinite; the pairs are listed.
     """
@@ -119,7 +118,8 @@ def pair_gradients(
     if reference_V2 is None:
         reference_V2 = reference_logps(model, pairs, max_batch_tokens=max_batch_tokens)
     model.load_adapter(checkpoint.adapter)
-    rows = _BankRows(len(pairs), projection.dim, model.device)
+    projection = projection.to(model.device)
+    rows = PairRows(pairs, projection.dim, model.device)
     batches = length_batches([len(sample.input_ids) for sample in samples], max_batch_tokens, multiple=2)
     for indices in batches:
         batch = pad_batch([samples[i] for i in indices], device=model.device)
@@ -127,46 +127,75 @@ def pair_gradients(
         reference_B = reference_V2[places].flatten()
         part = _PairBatch(rows, places, layout, projection, reference_B, half_precision_beta)
         part.finish(model.backward_per_sample(batch, "sum_logps", part.consume, part.set_scales))
-    return rows.table(pairs, checkpoint.name)
+    rows.check_finite(checkpoint.name)
+    return rows
 
 
-class _BankRows:
-    """The numeric columns of the bank, filled batch by batch."""
+class PairRows:
+    """A target's pairs at one checkpoint, filled batch by batch. Gradients [V, 2, D]: chosen, rejected."""
 
-    def __init__(self, num_pairs: int, dim: int, device: torch.device) -> None:
+    def __init__(self, pairs: Sequence[EncodedPair], dim: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self.projected_V2D = torch.zeros(num_pairs, 2, dim, dtype=torch.float32, device=device)
-        self.squares_V2, self.dots_V = zeros(num_pairs, 2), zeros(num_pairs)
-        self.logps_V2, self.reference_V2 = zeros(num_pairs, 2), zeros(num_pairs, 2)
+        self.pairs = pairs
+        self.projected_V2D = torch.zeros(len(pairs), 2, dim, dtype=torch.float32, device=device)
+        self.squares_V2, self.dots_V = zeros(len(pairs), 2), zeros(len(pairs))
+        self.logps_V2, self.reference_V2 = zeros(len(pairs), 2), zeros(len(pairs), 2)
 
-    def table(self, pairs: Sequence[EncodedPair], checkpoint: str) -> pa.Table:
+    def check_finite(self, checkpoint: str) -> None:
+        """Refuse a pair whose numbers are NaN or infinite."""
         finite_V = torch.isfinite(self.projected_V2D).all(2).all(1) & torch.isfinite(
             self.logps_V2 + self.reference_V2 + self.squares_V2
         ).all(1)
         if not bool(finite_V.all()):
-            bad = [pair.pair_id for pair, fine in zip(pairs, finite_V.tolist(), strict=True) if not fine]
+            bad = [pair.pair_id for pair, fine in zip(self.pairs, finite_V.tolist(), strict=True) if not fine]
             raise NonFiniteError(
                 f"{checkpoint}: NaN or infinite gradients for pairs {bad}. Look at their texts and the model."
             )
+
+    def numbers(self) -> PairGradients:
+        """The same for the objectives, which know no tables."""
+        norms_V2 = self.squares_V2.sqrt().cpu().numpy()
+        logps_V2, reference_V2 = self.logps_V2.cpu().numpy(), self.reference_V2.cpu().numpy()
+        projected_V2D = self.projected_V2D.double().cpu().numpy()
+        return PairGradients(
+            pair_ids=[pair.pair_id for pair in self.pairs],
+            g_w_VD=projected_V2D[:, 0],
+            g_l_VD=projected_V2D[:, 1],
+            norms_w_V=norms_V2[:, 0],
+            norms_l_V=norms_V2[:, 1],
+            dots_wl_V=self.dots_V.cpu().numpy(),
+            tokens_w_V=np.array([pair.chosen.num_labelled_tokens for pair in self.pairs]),
+            tokens_l_V=np.array([pair.rejected.num_labelled_tokens for pair in self.pairs]),
+            logps_w_V=logps_V2[:, 0],
+            logps_l_V=logps_V2[:, 1],
+            ref_logps_w_V=reference_V2[:, 0],
+            ref_logps_l_V=reference_V2[:, 1],
+        )
+
+    def table(self) -> pa.Table:
+        """The bank at this checkpoint: schema ``bank_schema(D)``, a row per pair in the order given."""
+        numbers, pairs = self.numbers(), self.pairs
         dim = self.projected_V2D.shape[2]
         sides = [
             pa.FixedSizeListArray.from_arrays(pa.array(self.projected_V2D[:, s].reshape(-1).cpu().numpy()), dim)
             for s in (0, 1)
         ]
-        norms_V2 = self.squares_V2.sqrt().cpu()
         answers = [[p.chosen for p in pairs], [p.rejected for p in pairs]]
         columns = [
             pa.array([p.pair_id for p in pairs], pa.string()),
             pa.array([p.subtask for p in pairs], pa.string()),
             *sides,
-            *(pa.array(norms_V2[:, s].numpy()) for s in (0, 1)),
-            pa.array(self.dots_V.cpu().numpy()),
+            pa.array(numbers.norms_w_V),
+            pa.array(numbers.norms_l_V),
+            pa.array(numbers.dots_wl_V),
             *(pa.array([a.num_labelled_tokens for a in side], pa.int32()) for side in answers),
             *(pa.array([a.num_tokens_cut for a in side], pa.int32()) for side in answers),
-            *(pa.array(self.logps_V2[:, s].cpu().numpy()) for s in (0, 1)),
-            *(pa.array(self.reference_V2[:, s].cpu().numpy()) for s in (0, 1)),
+            pa.array(numbers.logps_w_V),
+            pa.array(numbers.logps_l_V),
+            pa.array(numbers.ref_logps_w_V),
+            pa.array(numbers.ref_logps_l_V),
         ]
         return pa.Table.from_arrays(columns, schema=bank_schema(dim))
 
@@ -176,7 +205,7 @@ class _PairBatch:
 
     def __init__(
         self,
-        rows: _BankRows,
+        rows: PairRows,
         places: list[int],
         layout: ParameterLayout,
         projection: Projection,

@@ -19,6 +19,7 @@ from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceM
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks, subtask_order
 from rose_ray.kernels.influence import checkpoint_weights, influence
 from rose_ray.kernels.objectives import Directions, PairGradients, bank_directions
+from rose_ray.kernels.quantization import dequantize
 from rose_ray.kernels.selection import ranks
 from rose_ray.schemas import FEATURE_REJECTED, scores_schema
 from rose_ray.stores.features import StoredShard
@@ -98,18 +99,36 @@ def normalized_features(table: pa.Table, normalize: Normalization) -> np.ndarray
     """Return features [N, D] in the scale that ``normalize`` asks for.
 
     Stored features are projections divided by the exact length of what was projected, so ``exact`` is what is stored.
+    Exact numbers stand behind the projected ones, as in the bank.
     """
-    dim = table.schema.field("feature").type.list_size
-    stored = table["feature"].combine_chunks()
-    values = (
-        (stored.chunk(0) if isinstance(stored, pa.ChunkedArray) else stored).flatten().to_numpy(zero_copy_only=False)
-    )
-    features_ND: np.ndarray = values.reshape(-1, dim).astype(np.float32)
+    features_ND = stored_features(table)
     if normalize == "none":
         features_ND = features_ND * table["norm"].to_numpy()[:, None]
     elif normalize == "projected":
         features_ND = features_ND / np.linalg.norm(features_ND.astype(np.float64), axis=1, keepdims=True)
     return features_ND
+
+
+def stored_features(table: pa.Table) -> np.ndarray:
+    """Return features [N, D] as stored, float32: projected numbers, then exact ones."""
+    dim = int(table.schema.metadata[b"dim"])
+    parts = []
+    if dim:
+        codes = _list_column(table, "feature")
+        scales_N = table["scale"].to_numpy() if "scale" in table.column_names else None
+        parts.append(dequantize(codes, scales_N, dim))
+    if "exact" in table.column_names:
+        parts.append(_list_column(table, "exact").astype(np.float32))
+    features_ND: np.ndarray = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return features_ND
+
+
+def _list_column(table: pa.Table, name: str) -> np.ndarray:
+    width = table.schema.field(name).type.list_size
+    stored = table[name].combine_chunks()
+    values = (stored.chunk(0) if isinstance(stored, pa.ChunkedArray) else stored).flatten()
+    column: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+    return column
 
 
 def shard_influences(

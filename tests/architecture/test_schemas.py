@@ -9,7 +9,7 @@ from rose_ray import schemas
 
 TABLES = {
     **{name: value for name, value in vars(schemas).items() if isinstance(value, pa.Schema)},
-    "features": schemas.features_schema(4, pa.float16()),
+    "features": schemas.features_schema(4, "int8", 2),
     "bank": schemas.bank_schema(4),
     "scores": schemas.scores_schema(["a", "b"]),
 }

@@ -34,8 +34,8 @@ def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
     target = config.targets[0]
     made_from: dict[str, dict[str, Any]] = {
         "warmup": _warmup_settings(job),
-        "bank": bank_made_from(job, WARMUP, target, read_target_pairs(target)),
-        "features": job.features_made_from(WARMUP),
+        "bank": bank_made_from(job, job.feature_set(WARMUP, target), target, read_target_pairs(target)),
+        "features": job.feature_set(WARMUP, target).made_from,
     }
     return {stage: artefact_key(content) for stage, content in made_from.items()}
 
@@ -78,7 +78,11 @@ def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
         "gradients.projection.kind=rademacher",
         "gradients.projection.seed=1",
         "gradients.stored_dtype=float32",
+        "gradients.stored_dtype=int8",
+        "gradients.projection.deflate=false",
         "gradients.max_batch_tokens=100",
+        "gradients.packing=true",
+        "model.quantized=nf4",
         "ray.actors=3",
         "ray.threads_per_actor=2",
     ],

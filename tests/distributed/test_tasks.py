@@ -26,7 +26,7 @@ def features(row_ids: list[str], seed: int = 0) -> pa.Table:
     columns: list[Any] = [pa.array(row_ids, pa.string()), pa.FixedSizeListArray.from_arrays(pa.array(vectors), DIM)]
     columns += [pa.array(np.ones(count)), *(pa.array(np.ones(count, np.float32)) for _ in range(2))]
     columns += [pa.array(np.full(count, 5, np.int32)) for _ in range(3)]
-    return pa.Table.from_arrays(columns, schema=features_schema(DIM, pa.float32()))
+    return pa.Table.from_arrays(columns, schema=features_schema(DIM, "float32"))
 
 
 def bank() -> pa.Table:

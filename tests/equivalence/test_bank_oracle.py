@@ -99,7 +99,7 @@ def _bank(
         layout,
         make_projection(*projection, layout.num_parameters),
         max_batch_tokens=max_batch_tokens,
-    )
+    ).table()
 
 
 def _vectors(bank: pa.Table, side: str) -> np.ndarray:

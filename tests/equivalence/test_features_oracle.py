@@ -16,7 +16,8 @@ from rose_ray.kernels.projection import make_projection
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
-from rose_ray.stages.features import DirectionSettings, read_samples, shard_features, tokenize_shard
+from rose_ray.stages.directions import DirectionSettings
+from rose_ray.stages.features import read_samples, shard_features, tokenize_shard
 from tests import oracles
 
 FLOAT32_ENTRY = 3e-7
@@ -88,9 +89,9 @@ def _features(
     layout = layout_of(model.module)
     matrix = make_projection(*projection, layout.num_parameters)
     settings = DirectionSettings(mode, "float32", max_batch_tokens=200)
-    features = shard_features(model, tokens, checkpoints, layout, matrix, settings)
+    features = shard_features(model, tokens, checkpoints, layout, [[matrix] * len(checkpoints)], settings)
     assert features.rejected.num_rows == 0
-    return features.tables
+    return features.tables[0]
 
 
 def _matrix(table: pa.Table) -> np.ndarray:
@@ -140,9 +141,9 @@ def test_token_counts_and_half_precision_storage(
     layout = layout_of(model.module)
     projection = make_projection("sketch", 64, 5, layout.num_parameters)
     tables = [
-        shard_features(model, tokens, checkpoints, layout, projection, DirectionSettings("torch", stored, 200)).tables[
-            0
-        ]
+        shard_features(
+            model, tokens, checkpoints, layout, [[projection] * len(checkpoints)], DirectionSettings("torch", stored, 200)
+        ).tables[0][0]
         for stored in ("float32", "float16")
     ]
     assert tables[1].schema.field("feature").type == pa.list_(pa.float16(), 64)

@@ -25,7 +25,8 @@ from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients
-from rose_ray.stages.features import DirectionSettings, shard_features
+from rose_ray.stages.directions import DirectionSettings
+from rose_ray.stages.features import shard_features
 from rose_ray.stages.score import ShardRows, score_rows
 from rose_ray.stores.features import StoredShard
 from tests import oracles
@@ -112,15 +113,15 @@ class Stages:
     ) -> tuple[ShardRows, list[pa.Table]]:
         tokens = pa.Table.from_pylist([{"row_id": i, **sample.__dict__} for i, sample in rows], schema=TOKENS)
         settings = DirectionSettings(self.adam, "float32", max_batch_tokens)
-        features = shard_features(self.model, tokens, self.checkpoints, self.layout, self.projection, settings)
-        stored = StoredShard(features.tables, FEATURE_REJECTED.empty_table())
-        return ShardRows("shard", [i for i, _ in rows], ["s"] * len(rows), lambda: stored), features.tables
+        features = shard_features(self.model, tokens, self.checkpoints, self.layout, [[self.projection] * len(self.checkpoints)], settings)
+        stored = StoredShard(features.tables[0], FEATURE_REJECTED.empty_table())
+        return ShardRows("shard", [i for i, _ in rows], ["s"] * len(rows), lambda: stored), features.tables[0]
 
     def banks(self, pairs: Sequence[EncodedPair]) -> list[pa.Table]:
         return [
             pair_gradients(
                 self.model, pairs, checkpoint, self.layout, self.projection, max_batch_tokens=MAX_BATCH_TOKENS
-            )
+            ).table()
             for checkpoint in self.checkpoints
         ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rose_ray.config.models import LoraConfig, ModelConfig
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.model.layout import layout_of
-from rose_ray.model.scoring import Reduction, ScoringModel, pad_batch
+from rose_ray.model.scoring import Reduction, ScoringModel, pack_batch, pad_batch
 from tests import oracles
 from tests.tiny import ARCHITECTURES, make_samples
 
@@ -120,3 +120,31 @@ def test_gradients_do_not_pile_up(base_folder: str, adapter: oracles.Named) -> N
     first, again = (_gradients(model, BATCHES[1], "mean_loss")[1] for _ in range(2))
     assert torch.equal(first, again)
     assert all(parameter.grad is None for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_samples_do_not_see_each_other(
+    architecture: str, attention: str, base_of: Callable[[str], str], adapter: oracles.Named
+) -> None:
+    base = base_of(architecture)
+    _, expected = _one_by_one(base, adapter, "mean_loss")
+    model = _model(base, attention=attention)
+    model.load_adapter(adapter)
+    samples = make_samples(LENGTHS, VOCABULARY)
+    kept, consume = oracles.collect(list(layout_of(model.module).offsets))
+    model.backward_per_sample(pack_batch(samples), "mean_loss", consume)
+    assert _error(oracles.rows_of(kept).double(), expected) < FLOAT64
+
+
+def test_nothing_runs_backward_below_the_lowest_adapter(base_folder: str) -> None:
+    config = ModelConfig(base=base_folder, dtype="float32", loader="plain")
+    model = load_scoring_model(config, LORA, device="cpu")
+    layers = model.module.get_submodule("base_model.model.model.layers")
+    seen: list[bool] = []
+    layers[0].self_attn.q_proj.base_layer.register_forward_hook(  # type: ignore[index, union-attr, operator]
+        lambda module, inputs, output: seen.append(inputs[0].requires_grad)
+    )
+    layers[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].requires_grad))  # type: ignore[index, operator]
+    model.backward_per_sample(pad_batch(make_samples((9, 5), VOCABULARY)), "mean_loss", lambda name, grads: None)
+    assert seen == [False, True]

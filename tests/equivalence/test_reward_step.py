@@ -31,7 +31,8 @@ from rose_ray.model.layout import adapter_parameters, layout_of
 from rose_ray.model.scoring import ScoringModel, pad_batch
 from rose_ray.schemas import TOKENS
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients
-from rose_ray.stages.features import DirectionSettings, shard_features
+from rose_ray.stages.directions import DirectionSettings
+from rose_ray.stages.features import shard_features
 from rose_ray.stages.score import shard_influences, target_directions
 from tests import oracles
 from tests.equivalence.plain_training import PlainTraining
@@ -121,12 +122,12 @@ def _influences(setting: Setting) -> np.ndarray:
         [{"row_id": str(n), **sample.__dict__} for n, sample in enumerate(setting.samples)], schema=TOKENS
     )
     settings = DirectionSettings("torch", "float32", max_batch_tokens=400)
-    features = shard_features(setting.model, tokens, checkpoints, layout, projection, settings)
+    features = shard_features(setting.model, tokens, checkpoints, layout, [[projection] * len(checkpoints)], settings)
     banks = [
-        pair_gradients(setting.model, setting.pairs, checkpoint, layout, projection, max_batch_tokens=400)
+        pair_gradients(setting.model, setting.pairs, checkpoint, layout, projection, max_batch_tokens=400).table()
         for checkpoint in checkpoints
     ]
-    return shard_influences(features.tables, target_directions(banks, TARGET), "exact")
+    return shard_influences(features.tables[0], target_directions(banks, TARGET), "exact")
 
 
 def _margins_along(setting: Setting, step: torch.Tensor) -> Callable[[float], torch.Tensor]:

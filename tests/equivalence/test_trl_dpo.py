@@ -63,7 +63,7 @@ def bank(base_folder: str, encoded: list[EncodedPair], adapter: oracles.Named) -
     layout = layout_of(model.module)
     projection = make_projection("none", 1, 0, layout.num_parameters)
     checkpoint = Checkpoint("checkpoint-1", adapter, None, None, None)
-    return pair_gradients(model, encoded, checkpoint, layout, projection, max_batch_tokens=200)
+    return pair_gradients(model, encoded, checkpoint, layout, projection, max_batch_tokens=200).table()
 
 
 @pytest.fixture(scope="module")

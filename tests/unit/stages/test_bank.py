@@ -60,7 +60,7 @@ def checkpoint(model: ScoringModel) -> Checkpoint:
 def _bank(model: ScoringModel, checkpoint: Checkpoint, pairs: Any, **settings: Any) -> pa.Table:
     layout = layout_of(model.module)
     projection = make_projection("none", 1, 0, layout.num_parameters)
-    return pair_gradients(model, pairs, checkpoint, layout, projection, max_batch_tokens=100, **settings)
+    return pair_gradients(model, pairs, checkpoint, layout, projection, max_batch_tokens=100, **settings).table()
 
 
 def test_both_sides_go_through_the_pool_s_template(tokeniser: Tokeniser) -> None:

@@ -14,12 +14,14 @@ from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.projection import make_projection
+from rose_ray.kernels.quantization import StoredType
 from rose_ray.model.base import attach_adapter, load_base, load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import ScoringModel
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
-from rose_ray.stages.features import DirectionSettings, ShardFeatures, read_samples, shard_features, tokenize_shard
+from rose_ray.stages.directions import BatchRunner, DirectionSettings
+from rose_ray.stages.features import ShardFeatures, read_samples, shard_features, tokenize_shard
 from tests import oracles
 from tests.tiny import make_samples
 
@@ -56,12 +58,12 @@ def _features(
     checkpoints: list[Checkpoint],
     tokens: pa.Table | None = None,
     mode: AdamMode = "torch",
-    stored_dtype: str = "float32",
+    stored_dtype: StoredType = "float32",
 ) -> ShardFeatures:
     layout = layout_of(model.module)
     projection = make_projection("sketch", 16, 0, layout.num_parameters)
     settings = DirectionSettings(mode, stored_dtype, max_batch_tokens=64)
-    return shard_features(model, _tokens() if tokens is None else tokens, checkpoints, layout, projection, settings)
+    return shard_features(model, _tokens() if tokens is None else tokens, checkpoints, layout, [[projection] * len(checkpoints)], settings)
 
 
 def test_rows_that_cannot_be_tokenised_are_rejected_in_the_shard_s_order(base_folder: str) -> None:
@@ -84,23 +86,23 @@ def test_samples_survive_the_table() -> None:
     assert read_samples(_tokens(samples)) == samples
 
 
-@pytest.mark.parametrize("stored_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("stored_dtype", ["float16", "float32", "int8", "bit1"])
 def test_tables_have_the_schema_and_the_same_rows(
-    stored_dtype: str, model: ScoringModel, checkpoints: list[Checkpoint]
+    stored_dtype: StoredType, model: ScoringModel, checkpoints: list[Checkpoint]
 ) -> None:
     features = _features(model, checkpoints, stored_dtype=stored_dtype)
     assert features.rejected.schema == FEATURE_REJECTED and features.rejected.num_rows == 0
-    for table in features.tables:
-        expected = features_schema(16, pa.from_numpy_dtype(np.dtype(stored_dtype)))
+    for table in features.tables[0]:
+        expected = features_schema(16, stored_dtype)
         assert table.schema.equals(expected, check_metadata=True)
         assert table["row_id"].to_pylist() == ["r0", "r1", "r2"]
         table.validate(full=True)
-    assert features.tables[0]["loss"] != features.tables[1]["loss"]
+    assert features.tables[0][0]["loss"] != features.tables[0][1]["loss"]
 
 
 def test_a_shard_without_rows_gives_empty_tables(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
     features = _features(model, checkpoints, TOKENS.empty_table())
-    assert [table.num_rows for table in features.tables] == [0, 0]
+    assert [table.num_rows for table in features.tables[0]] == [0, 0]
     assert features.rejected.num_rows == 0
 
 
@@ -109,7 +111,7 @@ def test_a_row_that_fails_at_one_checkpoint_is_rejected_at_all(
 ) -> None:
     broken = {name: tensor * float("nan") for name, tensor in checkpoints[1].adapter.items()}
     features = _features(model, [checkpoints[0], replace(checkpoints[1], adapter=broken)])
-    assert [table.num_rows for table in features.tables] == [0, 0]
+    assert [table.num_rows for table in features.tables[0]] == [0, 0]
     rows = features.rejected.to_pylist()
     assert [row["row_id"] for row in rows] == ["r0", "r1", "r2"]
     assert {(row["reason"], row["detail"]) for row in rows} == {("non_finite_loss", "loss nan at checkpoint-2")}
@@ -132,7 +134,7 @@ def test_zero_directions_are_rejected(model: ScoringModel, checkpoints: list[Che
 
 def test_only_sgd_does_without_moments(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
     bare = replace(checkpoints[0], exp_avg=None, exp_avg_sq=None, state=None)
-    (alone,), (full,) = (_features(model, [each], mode="sgd").tables for each in (bare, checkpoints[0]))
+    (alone,), (full,) = (_features(model, [each], mode="sgd").tables[0] for each in (bare, checkpoints[0]))
     assert alone == full and alone["momentum_share"].to_pylist() == [0.0] * 3
     for mode in ("torch", "less_code", "v_only"):
         with pytest.raises(ConfigError, match=f"Adam mode '{mode}' needs exp_avg"):
@@ -140,5 +142,94 @@ def test_only_sgd_does_without_moments(model: ScoringModel, checkpoints: list[Ch
 
 
 def test_checkpoints_do_not_leave_traces_in_each_other(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
-    first, second = (_features(model, order).tables for order in (checkpoints, checkpoints[::-1]))
+    first, second = (_features(model, order).tables[0] for order in (checkpoints, checkpoints[::-1]))
     assert first == second[::-1]
+
+
+class _Scarce:
+    """Memory for so many rows of a batch at once."""
+
+    def __init__(self, model: ScoringModel, num_rows: int) -> None:
+        self.model, self.num_rows, self.refused = model, num_rows, 0
+        self.plain = model.backward_per_sample
+
+    def __call__(self, batch: Any, *arguments: Any) -> torch.Tensor:
+        if batch.num_samples > self.num_rows:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nmore text")
+        return self.plain(batch, *arguments)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_bound_remembered(
+    model: ScoringModel, checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = _features(model, checkpoints)
+    monkeypatch.setattr(model, "backward_per_sample", _Scarce(model, 1))
+    features = _features(model, checkpoints)
+    assert features.rejected.num_rows == 0
+    assert features.num_halvings == 1  # the second checkpoint starts with the lowered bound
+    assert features.max_batch_tokens < 64
+    assert "did not fit into memory: halved" in caplog.text
+    for table, expected in zip(features.tables[0], undisturbed.tables[0], strict=True):
+        found, wanted = (np.array(each["feature"].to_pylist()) for each in (table, expected))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)  # float32 rounding in batches of other sizes
+
+
+def test_a_row_that_does_not_fit_alone_is_rejected(
+    model: ScoringModel, checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model.backward_per_sample
+
+    def scarce(batch: Any, *arguments: Any) -> torch.Tensor:
+        if batch.input_ids.shape[1] > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.")
+        return plain(batch, *arguments)
+
+    monkeypatch.setattr(model, "backward_per_sample", scarce)
+    features = _features(model, checkpoints)
+    assert features.tables[0][0]["row_id"].to_pylist() == ["r0", "r2"]
+    (row,) = features.rejected.to_pylist()
+    assert row["row_id"] == "r1" and row["reason"] == "out_of_memory"
+    assert row["detail"] == "14 tokens alone: CUDA out of memory. Tried to allocate 7 GiB."
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    model: ScoringModel, checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> torch.Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(model, "backward_per_sample", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        _features(model, checkpoints)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_row_of_nan_changes_no_byte_of_its_neighbours(packing: bool, checkpoints: list[Checkpoint], base_folder: str) -> None:
+    base = load_base(ModelConfig(base=base_folder, dtype="float32"))
+    model = ScoringModel(attach_adapter(base, LORA, dropout=0), "cpu")
+    poison = next(t for t in range(5, 330) if all(t not in sample.input_ids for sample in SAMPLES))
+    samples = [SAMPLES[0], replace(SAMPLES[1], input_ids=[*SAMPLES[1].input_ids[:-1], poison]), SAMPLES[2]]
+    layout = layout_of(model.module)
+    spaces = [[make_projection("sketch", 16, 0, layout.num_parameters)] * 2]
+    settings = DirectionSettings("torch", "float32", max_batch_tokens=64, packing=packing)
+
+    def features() -> ShardFeatures:
+        return shard_features(model, _tokens(samples), checkpoints, layout, spaces, settings)
+
+    expected = features()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[poison] = float("nan")  # type: ignore[operator]
+    found = features()
+    assert [(row["row_id"], row["reason"]) for row in found.rejected.to_pylist()] == [("r1", "non_finite_loss")]
+    for table, whole in zip(found.tables[0], expected.tables[0], strict=True):
+        assert table.equals(whole.take([0, 2]))
+
+
+def test_padding_is_counted(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    features = _features(model, checkpoints)
+    assert features.num_positions == 3 * 14  # one batch of 9, 14 and 6 tokens
+    layout = layout_of(model.module)
+    runner = BatchRunner(model, layout, DirectionSettings("torch", "float32", 64, packing=True))
+    list(runner.run(SAMPLES, checkpoints[0], []))
+    assert runner.num_positions == 9 + 14 + 6

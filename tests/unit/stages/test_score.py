@@ -38,7 +38,7 @@ def _features(row_ids: Sequence[str], seed: int, dtype: Any = np.float32) -> pa.
         pa.array(range(10, 10 + size), pa.int32()),
         pa.array([0] * size, pa.int32()),
     ]
-    return pa.Table.from_arrays(columns, schema=features_schema(DIM, pa.from_numpy_dtype(np.dtype(dtype))))
+    return pa.Table.from_arrays(columns, schema=features_schema(DIM, np.dtype(dtype).name))
 
 
 def _bank(seed: int, subtasks: Sequence[str] = SUBTASKS) -> pa.Table:

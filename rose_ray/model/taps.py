@@ -1,0 +1,87 @@
+"""LoRA layers of a PEFT model that hand on the factors of their gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rose_ray.errors import ModelError
+from rose_ray.kernels.per_sample import (
+    GradientConsumer,
+    added_lora,
+    linear_weight_gradients,
+    packed_weight_gradients,
+)
+
+ADAPTER = "default"
+"""PEFT's name for the one adapter."""
+
+
+class Taps:
+    """Takes the place of the forward pass of every LoRA layer in a model: same output, per-sample gradients on the way.
+
+    Args:
+        module: A PEFT model with one LoRA adapter on linear layers, all its parameters frozen.
+
+    Raises:
+        ModelError: The adapter is no plain LoRA (DoRA, a bias, an embedding).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._consume: GradientConsumer | None = None
+        self._packed_lengths: Sequence[int] | None = None
+        layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+        for name, layer in layers.items():
+            _check_plain(name, layer)
+            layer.forward = functools.partial(self._forward, name, layer)  # type: ignore[method-assign]
+
+    @contextmanager
+    def sending_to(self, consume: GradientConsumer, packed_lengths: Sequence[int] | None) -> Iterator[None]:
+        """Send each weight's gradients [B, O, I] to ``consume`` during backward.
+
+        Args:
+            consume: Receives ``(name, gradients)``; runs without autograd.
+            packed_lengths: Tokens of each sample where they lie end to end in one row, else None.
+        """
+        self._consume, self._packed_lengths = consume, packed_lengths
+        try:
+            yield
+        finally:
+            self._consume = None
+
+    def _forward(self, name: str, layer: Any, hidden_BSI: Tensor) -> Tensor:
+        base_BSO: Tensor = layer.base_layer(hidden_BSI)
+        if layer.disable_adapters:
+            return base_BSO
+        lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        receive = functools.partial(self._receive, name) if self._consume is not None else None
+        hidden_BSI = hidden_BSI.to(lora_a.weight.dtype)
+        if base_BSO.dtype is lora_a.weight.dtype:
+            return added_lora(base_BSO, hidden_BSI, lora_a, lora_b, layer.scaling[ADAPTER], receive)
+        wide_BSO = base_BSO.to(lora_a.weight.dtype)
+        return added_lora(wide_BSO, hidden_BSI, lora_a, lora_b, layer.scaling[ADAPTER], receive).to(base_BSO.dtype)
+
+    def _receive(self, name: str, which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
+        consume = self._consume
+        assert consume is not None, "backward ran outside of `sending_to`"
+        with torch.no_grad():
+            if self._packed_lengths is None:
+                grads_BOI = linear_weight_gradients(input_BSI, output_grad_BSO)
+            else:
+                grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], self._packed_lengths)
+            consume(f"{name}.lora_{which}.weight", grads_BOI)
+
+
+def _check_plain(name: str, layer: Any) -> None:
+    odd = [key for key in ("lora_variant", "lora_embedding_A") if len(getattr(layer, key, ()))]
+    odd += [key for key in ("lora_A", "lora_B") if set(getattr(layer, key).keys()) != {ADAPTER}]
+    odd += [f"{key}.bias" for key in ("lora_A", "lora_B") if any(part.bias is not None for part in getattr(layer, key).values())]
+    if odd:
+        raise ModelError(
+            f"{name}: per-sample gradients need one plain LoRA adapter named {ADAPTER!r} on linear layers; found {odd}."
+        )

@@ -1,0 +1,199 @@
+"""Batches to directions: one forward and one backward pass, Adam and every projection on the way.
+
+Shapes: B batch, O and I sides of a parameter matrix, P parameters, D numbers of a feature.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rose_ray.config.models import AdamMode
+from rose_ray.data.batches import length_batches
+from rose_ray.data.tokenize import Sample
+from rose_ray.kernels.adam import AdamState, adam_direction
+from rose_ray.kernels.projection import Projection
+from rose_ray.kernels.quantization import StoredType
+from rose_ray.model.checkpoint import Checkpoint
+from rose_ray.model.layout import ParameterLayout
+from rose_ray.model.scoring import Batch, ScoringModel, pack_batch, pad_batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """How a gradient becomes a stored feature.
+
+    Attributes:
+        adam: Which transform.
+        stored_dtype: ``float32``, ``float16``, ``int8`` or ``bit1``.
+        max_batch_tokens: Bound on rows times longest row.
+        packing: Rows end to end instead of padded.
+        kernel: ``torch``, or ``triton`` for one fused pass over the gradients.
+    """
+
+    adam: AdamMode
+    stored_dtype: StoredType
+    max_batch_tokens: int
+    packing: bool = False
+    kernel: Literal["torch", "triton"] = "torch"
+
+
+@dataclass
+class Directions:
+    """What one batch gives.
+
+    Attributes:
+        features: Per projection [B, D], float32 or float64, not yet divided by length.
+        norms_B: Exact lengths, float64.
+        momentum_shares_B: Length of the common moment term over that of the first moment, float64.
+        losses_B: Token-mean cross-entropy, nats.
+    """
+
+    features: list[Tensor]
+    norms_B: Tensor
+    momentum_shares_B: Tensor
+    losses_B: Tensor
+
+
+class Moments:
+    """A checkpoint's moments where the gradients are."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.exp_avg = {name: tensor.to(device) for name, tensor in (checkpoint.exp_avg or {}).items()}
+        self.exp_avg_sq = {name: tensor.to(device) for name, tensor in (checkpoint.exp_avg_sq or {}).items()}
+        state = checkpoint.state
+        self.state = (
+            AdamState(state.num_updates, state.adam_beta1, state.adam_beta2, state.adam_eps)
+            if state
+            else AdamState(0, 0.0, 0.0, 1e-8)  # an adapter without an optimizer: `sgd` alone is open, and uses none
+        )
+
+
+class BatchRunner:
+    """Runs samples through the model, batch after batch; a batch that does not fit is halved.
+
+    Args:
+        model: Base model with an adapter slot.
+        layout: Of the adapter.
+        settings: Transform, batches, kernel.
+
+    Attributes:
+        num_positions: Positions that went through the model so far, padding included.
+        num_halvings: How often a batch was halved.
+        max_batch_tokens: Bound on rows times length, lowered with every halving.
+        too_large: Samples that did not fit alone, and the error.
+    """
+
+    def __init__(self, model: ScoringModel, layout: ParameterLayout, settings: DirectionSettings) -> None:
+        self.model, self.layout, self.settings = model, layout, settings
+        self.num_positions = self.num_halvings = 0
+        self.max_batch_tokens = settings.max_batch_tokens
+        self.too_large: dict[int, str] = {}
+
+    def run(
+        self, samples: Sequence[Sample], checkpoint: Checkpoint, projections: Sequence[Projection]
+    ) -> Iterator[tuple[list[int], Directions]]:
+        """Yield the numbers of each batch's samples and what it gives. Samples that do not fit alone are left out."""
+        self.model.load_adapter(checkpoint.adapter)
+        moments = Moments(checkpoint, self.model.device)
+        lengths = [len(sample.input_ids) for sample in samples]
+        waiting = length_batches(lengths, self.max_batch_tokens)[::-1]
+        while waiting:
+            indices = waiting.pop()
+            if (size := len(indices) * lengths[indices[0]]) > self.max_batch_tokens and len(indices) > 1:
+                middle = len(indices) // 2  # made before the bound was lowered
+                waiting += [indices[middle:], indices[:middle]]
+                continue
+            directions, error = self._attempt(samples, indices, moments, projections)
+            if directions is not None:
+                self.num_positions += sum(lengths[i] for i in indices) if self.settings.packing else size
+                yield indices, directions
+            elif len(indices) == 1:
+                self.too_large[indices[0]] = f"{lengths[indices[0]]} tokens alone: {error}"
+            else:
+                self.num_halvings += 1
+                self.max_batch_tokens = max(1, size // 2)
+                logger.warning(f"{len(indices)} rows of {size // len(indices)} tokens did not fit into memory: halved")
+                waiting.append(indices)
+
+    def _attempt(
+        self, samples: Sequence[Sample], indices: list[int], moments: Moments, projections: Sequence[Projection]
+    ) -> tuple[Directions | None, str]:
+        # The except clause ends before the next try: its traceback would keep the batch's tensors alive.
+        make_batch = pack_batch if self.settings.packing else pad_batch
+        try:
+            batch = make_batch([samples[i] for i in indices], device=self.model.device)
+            return batch_directions(self.model, batch, moments, self.layout, projections, self.settings), ""
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).split("\n", 1)[0]
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None, message
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that memory is used up: an exception type on a GPU, a text on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def batch_directions(
+    model: ScoringModel,
+    batch: Batch,
+    moments: Moments,
+    layout: ParameterLayout,
+    projections: Sequence[Projection],
+    settings: DirectionSettings,
+) -> Directions:
+    """Compute a batch's directions, module by module while the backward pass runs; none is ever held whole.
+
+    Args:
+        model: With the checkpoint's adapter in its slot.
+        batch: On the model's device.
+        moments: Of the checkpoint.
+        layout: Of the adapter.
+        projections: Each applied to every module's directions as they come.
+        settings: Transform and kernel.
+    """
+    sums = _Sums(batch.num_samples, model, projections)
+
+    def consume(name: str, grads_BOI: Tensor) -> None:
+        offset = layout.offsets[name]
+        adam = adam_direction(
+            grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name), moments.state, settings.adam
+        )
+        direction_BP = adam.direction_B.flatten(1)
+        sums.square_B.add_(torch.linalg.vector_norm(direction_BP, dim=1).double().square())
+        sums.total_square_B.add_(adam.total_square_B)
+        sums.momentum_square.add_(adam.momentum_square)
+        for projection, out_BD in zip(projections, sums.features, strict=True):
+            projection.add(out_BD, offset, direction_BP)
+
+    losses_B = model.backward_per_sample(batch, "mean_loss", consume)
+    return sums.directions(losses_B)
+
+
+class _Sums:
+    """Running sums over the modules of one batch."""
+
+    def __init__(self, num_samples: int, model: ScoringModel, projections: Sequence[Projection]) -> None:
+        dtype = torch.float64 if next(model.module.parameters()).dtype == torch.float64 else torch.float32
+        device = model.device
+        self.features = [torch.zeros(num_samples, each.dim, dtype=dtype, device=device) for each in projections]
+        self.square_B = torch.zeros(num_samples, dtype=torch.float64, device=device)
+        self.total_square_B = torch.zeros_like(self.square_B)
+        self.momentum_square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def directions(self, losses_B: Tensor) -> Directions:
+        tiny = torch.finfo(torch.float64).tiny
+        shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
+        shares_B = torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
+        return Directions(self.features, self.square_B.sqrt(), shares_B, losses_B)
