@@ -102,8 +102,7 @@ def adam_direction(
         ShapeError: A moment's shape is not that of one sample's gradient.
         NumericsError: The gradients are neither float32 nor float64.
     """
-    if mode not in get_args(AdamMode):
-        raise ConfigError(f"Adam mode is {mode!r}; expected one of {', '.join(get_args(AdamMode))}")
+    _check_mode(mode)
     if grads_B.dtype not in (torch.float32, torch.float64):
         raise NumericsError(f"gradients are {grads_B.dtype}; expected float32 or float64")
     if mode == "sgd":
@@ -123,12 +122,49 @@ def adam_direction(
     return AdamDirection(total_B.div_(denom_B), *squares)
 
 
+def common_direction(
+    exp_avg: Tensor | None, exp_avg_sq: Tensor | None, state: AdamState, mode: AdamMode = "torch"
+) -> Tensor | None:
+    """Return the direction of a zero gradient: the moment term alone, which all samples have in common.
+
+    Args:
+        exp_avg: As in :func:`adam_direction`; used in float32 unless it is float64.
+        exp_avg_sq: Likewise.
+        state: Likewise.
+        mode: Likewise.
+
+    Returns:
+        [*shape], float32 or float64, or None in ``v_only`` and ``sgd``, where it would be zero.
+
+    Raises:
+        ConfigError: The mode is unknown, or needs a moment that is missing.
+        ShapeError: The moments' shapes disagree.
+    """
+    _check_mode(mode)
+    if mode in ("v_only", "sgd"):
+        return None
+    if exp_avg is None:
+        raise _missing("exp_avg", mode)
+    dtype = torch.float64 if exp_avg.dtype == torch.float64 else torch.float32
+    zeros_B = torch.zeros_like(exp_avg, dtype=dtype).unsqueeze(0)
+    return adam_direction(zeros_B, exp_avg, exp_avg_sq, state, mode).direction_B[0]
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(AdamMode):
+        raise ConfigError(f"Adam mode is {mode!r}; expected one of {', '.join(get_args(AdamMode))}")
+
+
+def _missing(name: str, mode: AdamMode) -> ConfigError:
+    return ConfigError(
+        f"Adam mode {mode!r} needs {name}, and the checkpoint has none; "
+        "use a checkpoint with its optimizer state, or mode 'sgd'"
+    )
+
+
 def _moment(name: str, moment: Tensor | None, grads_B: Tensor, mode: AdamMode) -> Tensor:
     if moment is None:
-        raise ConfigError(
-            f"Adam mode {mode!r} needs {name}, and the checkpoint has none; "
-            "use a checkpoint with its optimizer state, or mode 'sgd'"
-        )
+        raise _missing(name, mode)
     if moment.shape != grads_B.shape[1:]:
         raise ShapeError(
             f"{name} has shape {tuple(moment.shape)} and the gradients {tuple(grads_B.shape)}; "
