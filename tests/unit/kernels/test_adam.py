@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rose_ray.errors import ConfigError, NumericsError, ShapeError
-from rose_ray.kernels.adam import AdamMode, AdamState, adam_direction
+from rose_ray.kernels.adam import AdamMode, AdamState, adam_direction, common_direction
 
 torch.set_num_threads(1)  # tiny tensors: handing them to threads costs more than the sums
 
@@ -169,3 +169,32 @@ def test_state_is_checked(change: dict[str, float]) -> None:
     values = {"num_updates": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8} | change
     with pytest.raises(ConfigError, match=next(iter(change))):
         AdamState(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", get_args(AdamMode))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64_RELATIVE), (torch.float32, FLOAT32_RELATIVE)])
+def test_common_direction_is_that_of_a_zero_gradient(mode: AdamMode, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    avg = torch.randn(3, 4, generator=generator, dtype=dtype)
+    sq = torch.rand(3, 4, generator=generator, dtype=dtype)
+    common = common_direction(avg, sq, _state(6), mode)
+    zero = adam_direction(torch.zeros(1, 3, 4, dtype=dtype), avg, sq, _state(6), mode).direction_B[0]
+    if mode in ("v_only", "sgd"):
+        assert common is None and not zero.any()
+        return
+    assert common is not None and common.dtype == dtype and torch.equal(common, zero)
+    for ours, m, v in zip(common.flatten().tolist(), avg.flatten().tolist(), sq.flatten().tolist(), strict=True):
+        assert ours == pytest.approx(_slow_direction(0.0, m, v, 7, mode), rel=tolerance)
+
+
+def test_common_direction_checks_its_moments() -> None:
+    avg = torch.ones(3, dtype=torch.bfloat16)
+    for moments in ((None, avg), (avg, None)):
+        with pytest.raises(ConfigError, match="the checkpoint has none"):
+            common_direction(*moments, _state(1), "torch")
+    with pytest.raises(ShapeError, match="exp_avg_sq has shape"):
+        common_direction(avg, avg[:2], _state(1), "less_code")
+    with pytest.raises(ConfigError, match="'adamw'"):
+        common_direction(avg, avg, _state(1), "adamw")  # type: ignore[arg-type]
+    half = common_direction(avg, avg, _state(1), "torch")
+    assert half is not None and half.dtype == torch.float32
