@@ -350,9 +350,16 @@ class JobConfig(_Strict):
             unknown = sorted(set(self.training_set.targets or []) - set(names))
             if unknown:
                 raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
+        if self.gradients.packing and self.model.attention != "flash_attention_2":
+            raise ValueError(
+                f"gradients.packing: only flash_attention_2 keeps packed rows apart without a mask of length squared; "
+                f"model.attention is {self.model.attention}"
+            )
         for target in self.targets:
             if target.normalize == "projected" and self.is_exact(target):
-                raise ValueError(f"targets {target.name}: normalize: projected has no meaning where nothing is projected")
+                raise ValueError(
+                    f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
+                )
         if self.warmup.adapters is not None and self.gradients.adam != "sgd":
             raise ValueError(
                 f"gradients.adam: {self.gradients.adam} needs Adam moments, and adapters in warmup.adapters are "

@@ -96,7 +96,6 @@ class _ModelHolder:
     def model(self) -> ScoringModel:
         return load_scoring_model(self.spec.model, self.spec.lora, device=self.spec.device)
 
-
     def projections(self, space: SpaceSpec) -> list[Projection]:
         """What makes features of directions, one for each checkpoint; read once."""
         if space not in self._projections:
@@ -227,9 +226,7 @@ class BankActor(_ModelHolder):
             )
         return records
 
-    def _encoded(
-        self, target: TargetConfig, pairs: Sequence[PreferencePair]
-    ) -> tuple[list[EncodedPair], torch.Tensor]:
+    def _encoded(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> tuple[list[EncodedPair], torch.Tensor]:
         encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
         return encoded, reference_logps(self.model, encoded, max_batch_tokens=self.spec.max_batch_tokens)
 

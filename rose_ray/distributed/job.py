@@ -122,7 +122,12 @@ class Job:
     def encoding(self) -> dict[str, Any]:
         """What decides how text becomes numbers, besides the space."""
         model = self.config.model
-        return {"text": self.identity.text, "max_tokens": model.max_tokens, "dtype": model.dtype, "quantized": model.quantized}
+        return {
+            "text": self.identity.text,
+            "max_tokens": model.max_tokens,
+            "dtype": model.dtype,
+            "quantized": model.quantized,
+        }
 
     def spec(self, warmup: Manifest, max_batch_tokens: int, spaces: Sequence[SpaceSpec] = ()) -> ScoringSpec:
         """What scoring actors need to know."""

@@ -67,7 +67,7 @@ def basis_bytes(basis_JP: torch.Tensor) -> bytes:
 
 def _plain(settings: GradientConfig, layout: ParameterLayout) -> Projection:
     chosen = settings.projection
-    shapes = [shape for _, shape in layout.shapes]
+    shapes = [(shape[0], shape[1]) for _, shape in layout.shapes]
     return make_projection(chosen.kind, chosen.dim, chosen.seed, layout.num_parameters, shapes=shapes)
 
 

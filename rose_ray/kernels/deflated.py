@@ -47,6 +47,7 @@ class DeflatedProjection:
             raise ConfigError("the common direction is zero: nothing to take out; use the inner projection undeflated")
         self.inner, self.kind, self.seed = inner, inner.kind, inner.seed
         self.dim, self.num_parameters = inner.dim + 1, inner.num_parameters
+        self.num_exact = inner.num_exact + 1
         self.digest = tensor_digest(common_P) if digest is None else digest
         self._unit_P = (common_P / length).to(common_P.dtype)
         sketched_1D = torch.zeros(1, inner.dim, dtype=torch.float64, device=common_P.device)
@@ -56,12 +57,20 @@ class DeflatedProjection:
     def add(self, out_BE: Tensor, offset: int, values_Bn: Tensor) -> None:
         """See :class:`~rose_ray.kernels.projection.Projection`. The common vector must be on the same device."""
         check_slice(self, out_BE, offset, values_Bn)
+        self.inner.add(out_BE[:, :-1], offset, values_Bn)
+        self._take_out(out_BE, offset, values_Bn)
+
+    def add_sketched(self, out_BE: Tensor, offset: int, values_Bn: Tensor, sketched_BD: Tensor) -> None:
+        """Do as `add` does, with S of the slice given: for a kernel that made it on the way."""
+        check_slice(self, out_BE, offset, values_Bn)
+        out_BE[:, :-1] += sketched_BD
+        self._take_out(out_BE, offset, values_Bn)
+
+    def _take_out(self, out_BE: Tensor, offset: int, values_Bn: Tensor) -> None:
         values_Bn = values_Bn.to(out_BE.dtype)
-        inner_BD = out_BE[:, :-1]
-        self.inner.add(inner_BD, offset, values_Bn)
         unit_n = self._unit_P[offset : offset + values_Bn.shape[1]].to(out_BE.dtype)
         along_B = values_Bn @ unit_n
-        inner_BD.addr_(along_B, self._sketched_D.to(out_BE.dtype), alpha=-1)
+        out_BE[:, :-1].addr_(along_B, self._sketched_D.to(out_BE.dtype), alpha=-1)
         out_BE[:, -1] += along_B
 
     def identity(self) -> str:
@@ -72,7 +81,7 @@ class DeflatedProjection:
         """Return the same projection with its vectors on a device. An inner one that holds a basis moves too."""
         moved = copy.copy(self)
         moved._unit_P, moved._sketched_D = self._unit_P.to(device), self._sketched_D.to(device)
-        moved.inner = self.inner.to(device) if hasattr(self.inner, "to") else self.inner
+        moved.inner = self.inner.to(device)
         return moved
 
 

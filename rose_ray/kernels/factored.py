@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rose_ray.errors import ConfigError, ShapeError
 from rose_ray.kernels.hashing import WORD_BITS, sign_rows, word_keys
-from rose_ray.kernels.projection import ProjectionKind, check_slice
+from rose_ray.kernels.projection import HeldNowhere, ProjectionKind, check_slice
 from rose_ray.kernels.tables import TABLE_CACHE_BYTES, TableCache
 
 FACTORED_VERSION = 1
@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     columns_kept: int
 
 
-class FactoredProjection:
+class FactoredProjection(HeldNowhere):
     """``V [O, I]`` gives ``L V R^T``: L [a, O] of +-1/sqrt(a), R [b, I] of +-1/sqrt(b), own signs for each matrix.
 
     Unbiased, and cheap at any D, but noisier than ``sketch`` at the same D: entries of one row or column of V

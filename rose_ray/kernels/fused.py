@@ -6,7 +6,7 @@ It has been run under Triton's interpreter only, on a CPU, and compiled for CUDA
 its speed is not known.
 
 The folded sketch: flat index i lies in block ``k = i // D`` and lane ``l = i % D``, and goes to bucket
-``(l + shift(k)) % D`` with ``sign(i)``. Shift and sign come from the hash of :mod:`rose_ray.kernels.projection`,
+``(l + shift(k)) % D`` with ``sign(i)``. Shift and sign come from the hash of :mod:`rose_ray.kernels.hashing`,
 stream ``sketch``: ``shift(k)`` is hash word 0 at k, modulo D; ``sign(i)`` is bit ``i % 32`` of hash word 1 at
 ``i // 32``, 1 for plus. A shift of its own for each block keeps one column of a matrix out of one bucket.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rose_ray.errors import ConfigError, NumericsError, ShapeError
 from rose_ray.kernels.adam import LESS_CODE_BETA1, LESS_CODE_BETA2, LESS_CODE_EPS, AdamMode, AdamState
-from rose_ray.kernels.projection import _hash_words, _word_keys
+from rose_ray.kernels.hashing import hash_words, word_keys
 
 DIRECTION_WIDTH = 1 << 13
 """Columns that the pass without a sketch spreads over programs at once."""
@@ -76,8 +76,8 @@ def make_sketch_keys(seed: int, dim: int, num_parameters: int, device: torch.dev
             "expected 1 to 2**23, 1 to 2**32 and 0 to 2**63 - 1"
         )
     blocks_K = torch.arange(-(-num_parameters // dim), dtype=torch.int64, device=device)
-    shifts_K = _hash_words(blocks_K, *_word_keys("sketch", seed, 0)).remainder_(dim).to(torch.int32)
-    return SketchKeys(dim, num_parameters, shifts_K, _word_keys("sketch", seed, 1))
+    shifts_K = hash_words(blocks_K, *word_keys("sketch", seed, 0)).remainder_(dim).to(torch.int32)
+    return SketchKeys(dim, num_parameters, shifts_K, word_keys("sketch", seed, 1))
 
 
 def fused_direction_sketch(

@@ -25,7 +25,7 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, block_bytes: int
     ) -> Tensor:
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)

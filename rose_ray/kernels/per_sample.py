@@ -63,7 +63,7 @@ class _AddedLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         base_BSO: Tensor,
         input_BSI: Tensor,

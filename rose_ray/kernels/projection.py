@@ -12,7 +12,7 @@ inner products are kept on average; ``rademacher`` and ``sketch`` err by about `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ class Projection(Protocol):
     dim: int
     seed: int
     num_parameters: int
+    num_exact: int
+    """How many of the ``dim`` numbers, the last ones, are exact inner products; they are stored in float32."""
+
+    def to(self, device: torch.device | str) -> Projection:
+        """Return the same map with what it holds on a device. What is computed, not held, needs no move."""
+        ...
 
     def add(self, out_BD: Tensor, offset: int, values_Bn: Tensor) -> None:
         """Add the projection of parameters ``offset`` to ``offset + n`` to ``out_BD``, in place.
@@ -103,7 +109,17 @@ def make_projection(
     return factored
 
 
-class NoProjection:
+class HeldNowhere:
+    """What maps have in common that are computed from seeds: no tensors to move, nothing exact."""
+
+    num_exact = 0
+
+    def to(self, device: torch.device | str) -> Self:
+        """See :class:`Projection`."""
+        return self
+
+
+class NoProjection(HeldNowhere):
     """The identity, for small models and for tests: D is the number of parameters."""
 
     kind: ProjectionKind = "none"

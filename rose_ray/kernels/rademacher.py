@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rose_ray.kernels.hashing import WORD_BITS, blocks, sign_rows, word_keys
-from rose_ray.kernels.projection import ProjectionKind, check_slice
+from rose_ray.kernels.projection import HeldNowhere, ProjectionKind, check_slice
 
 RADEMACHER_VERSION = 1
 """Raised whenever any entry of the matrix changes; part of the identity."""
@@ -17,7 +17,7 @@ DENSE_BLOCK_BYTES = 64 << 20
 """Bytes of the signs and their integer form held at once."""
 
 
-class RademacherProjection:
+class RademacherProjection(HeldNowhere):
     """Dense signs over ``sqrt(D)``. Bit b of word w at index i is the sign of row ``32 w + b``, 1 for +."""
 
     kind: ProjectionKind = "rademacher"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rose_ray.kernels.hashing import blocks, hash_words, sign_run, word_keys
-from rose_ray.kernels.projection import ProjectionKind, check_slice
+from rose_ray.kernels.projection import HeldNowhere, ProjectionKind, check_slice
 from rose_ray.kernels.tables import TABLE_CACHE_BYTES, TableCache
 
 SKETCH_VERSION = 2
@@ -41,7 +41,7 @@ class SketchKeys(NamedTuple):
     sign_second: int
 
 
-class SketchProjection:
+class SketchProjection(HeldNowhere):
     """One +-1 in each column.
 
     Parameter i stands in block ``k = i // D`` at lane ``i % D`` and goes to row ``(i % D + shift(k)) % D``.

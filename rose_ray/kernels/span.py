@@ -52,6 +52,7 @@ class SpanProjection:
             raise ShapeError(f"basis has shape {tuple(basis_JP.shape)}; expected [J, P] with J and P at least 1")
         _check_dtype(basis_JP)
         self.dim, self.num_parameters = basis_JP.shape
+        self.num_exact = self.dim
         self.basis_JP, self.digest = basis_JP, digest
 
     def add(self, out_BD: Tensor, offset: int, values_Bn: Tensor) -> None:

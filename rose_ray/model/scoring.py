@@ -160,7 +160,7 @@ def _fused_head(head: nn.Linear, labels: Labels) -> Iterator[list[Tensor]]:
         made.append(head_logps(hidden_TH, head.weight, head.bias, labels.targets_T)[None, :, None])
         return made[0]
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield made
     finally:

@@ -38,7 +38,7 @@ class Taps:
         layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
         for name, layer in layers.items():
             _check_plain(name, layer)
-            layer.forward = functools.partial(self._forward, name, layer)  # type: ignore[method-assign]
+            layer.forward = functools.partial(self._forward, name, layer)
 
     @contextmanager
     def sending_to(self, consume: GradientConsumer, packed_lengths: Sequence[int] | None) -> Iterator[None]:
@@ -80,7 +80,11 @@ class Taps:
 def _check_plain(name: str, layer: Any) -> None:
     odd = [key for key in ("lora_variant", "lora_embedding_A") if len(getattr(layer, key, ()))]
     odd += [key for key in ("lora_A", "lora_B") if set(getattr(layer, key).keys()) != {ADAPTER}]
-    odd += [f"{key}.bias" for key in ("lora_A", "lora_B") if any(part.bias is not None for part in getattr(layer, key).values())]
+    odd += [
+        f"{key}.bias"
+        for key in ("lora_A", "lora_B")
+        if any(part.bias is not None for part in getattr(layer, key).values())
+    ]
     if odd:
         raise ModelError(
             f"{name}: per-sample gradients need one plain LoRA adapter named {ADAPTER!r} on linear layers; found {odd}."

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from rose_ray.config.models import AdamMode
 from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Sample
-from rose_ray.kernels.adam import AdamState, adam_direction
+from rose_ray.kernels.adam import AdamState
+from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.quantization import StoredType
 from rose_ray.model.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ class DirectionSettings:
     stored_dtype: StoredType
     max_batch_tokens: int
     packing: bool = False
-    kernel: Literal["torch", "triton"] = "torch"
+    kernel: KernelKind = "torch"
 
 
 @dataclass
@@ -163,37 +163,19 @@ def batch_directions(
         projections: Each applied to every module's directions as they come.
         settings: Transform and kernel.
     """
-    sums = _Sums(batch.num_samples, model, projections)
+    dtype = torch.float64 if next(model.module.parameters()).dtype == torch.float64 else torch.float32
+    sums = DirectionSums(
+        batch.num_samples,
+        projections,
+        settings.adam,
+        moments.state,
+        kernel=settings.kernel,
+        device=model.device,
+        dtype=dtype,
+    )
 
     def consume(name: str, grads_BOI: Tensor) -> None:
-        offset = layout.offsets[name]
-        adam = adam_direction(
-            grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name), moments.state, settings.adam
-        )
-        direction_BP = adam.direction_B.flatten(1)
-        sums.square_B.add_(torch.linalg.vector_norm(direction_BP, dim=1).double().square())
-        sums.total_square_B.add_(adam.total_square_B)
-        sums.momentum_square.add_(adam.momentum_square)
-        for projection, out_BD in zip(projections, sums.features, strict=True):
-            projection.add(out_BD, offset, direction_BP)
+        sums.add(layout.offsets[name], grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name))
 
     losses_B = model.backward_per_sample(batch, "mean_loss", consume)
-    return sums.directions(losses_B)
-
-
-class _Sums:
-    """Running sums over the modules of one batch."""
-
-    def __init__(self, num_samples: int, model: ScoringModel, projections: Sequence[Projection]) -> None:
-        dtype = torch.float64 if next(model.module.parameters()).dtype == torch.float64 else torch.float32
-        device = model.device
-        self.features = [torch.zeros(num_samples, each.dim, dtype=dtype, device=device) for each in projections]
-        self.square_B = torch.zeros(num_samples, dtype=torch.float64, device=device)
-        self.total_square_B = torch.zeros_like(self.square_B)
-        self.momentum_square = torch.zeros((), dtype=torch.float64, device=device)
-
-    def directions(self, losses_B: Tensor) -> Directions:
-        tiny = torch.finfo(torch.float64).tiny
-        shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
-        shares_B = torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
-        return Directions(self.features, self.square_B.sqrt(), shares_B, losses_B)
+    return Directions(sums.projected, sums.square_B.sqrt(), sums.momentum_shares(), losses_B)

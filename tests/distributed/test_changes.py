@@ -69,12 +69,12 @@ def test_another_adam_mode_computes_features_beside(
     caplog.set_level(logging.INFO, logger="rose_ray")
     result, added = run_changed(finished, copied, ["gradients.adam=v_only"])
     scores = ["score alpha", "score beta"]
-    assert made_stages(result.stages) == ["features", *scores, "select alpha", "select beta"]
+    assert made_stages(result.stages) == ["bank alpha", "bank beta", "features", *scores, "select alpha", "select beta"]
     folders = {"/".join(path.split("/")[:2]) for path in added if path.startswith("features/")}
     (features,) = (stage for stage in result.stages if stage.stage == "features")
     assert folders == {features.folder} and len(list((copied / "features").iterdir())) == 2
     assert len(list((copied / features.folder).glob("*/manifest.json"))) == NUM_SHARDS
     assert (
-        "changed since the last run: gradients.adam: 'torch' -> 'v_only'; computes features, score, select beside "
-        "what exists" in caplog.messages
+        "changed since the last run: gradients.adam: 'torch' -> 'v_only'; computes bank, features, score, select "
+        "beside what exists" in caplog.messages
     )

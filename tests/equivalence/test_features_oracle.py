@@ -142,7 +142,12 @@ def test_token_counts_and_half_precision_storage(
     projection = make_projection("sketch", 64, 5, layout.num_parameters)
     tables = [
         shard_features(
-            model, tokens, checkpoints, layout, [[projection] * len(checkpoints)], DirectionSettings("torch", stored, 200)
+            model,
+            tokens,
+            checkpoints,
+            layout,
+            [[projection] * len(checkpoints)],
+            DirectionSettings("torch", stored, 200),
         ).tables[0][0]
         for stored in ("float32", "float16")
     ]

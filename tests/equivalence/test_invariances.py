@@ -113,7 +113,9 @@ class Stages:
     ) -> tuple[ShardRows, list[pa.Table]]:
         tokens = pa.Table.from_pylist([{"row_id": i, **sample.__dict__} for i, sample in rows], schema=TOKENS)
         settings = DirectionSettings(self.adam, "float32", max_batch_tokens)
-        features = shard_features(self.model, tokens, self.checkpoints, self.layout, [[self.projection] * len(self.checkpoints)], settings)
+        features = shard_features(
+            self.model, tokens, self.checkpoints, self.layout, [[self.projection] * len(self.checkpoints)], settings
+        )
         stored = StoredShard(features.tables[0], FEATURE_REJECTED.empty_table())
         return ShardRows("shard", [i for i, _ in rows], ["s"] * len(rows), lambda: stored), features.tables[0]
 

@@ -134,7 +134,8 @@ def test_packed_samples_do_not_see_each_other(
     samples = make_samples(LENGTHS, VOCABULARY)
     kept, consume = oracles.collect(list(layout_of(model.module).offsets))
     model.backward_per_sample(pack_batch(samples), "mean_loss", consume)
-    assert _error(oracles.rows_of(kept).double(), expected) < FLOAT64
+    # transformers' eager attention takes its softmax in float32
+    assert _error(oracles.rows_of(kept).double(), expected) < (FLOAT64 if attention == "sdpa" else FLOAT32)
 
 
 def test_nothing_runs_backward_below_the_lowest_adapter(base_folder: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from rose_ray.errors import ConfigError, NumericsError, ShapeError
 from rose_ray.kernels.adam import AdamMode, AdamState, adam_direction
 from rose_ray.kernels.fused import SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
-from rose_ray.kernels.projection import _hash_words, _mix, _word_keys
+from rose_ray.kernels.hashing import hash_words, mix, word_keys
 
 ROOT = Path(__file__).parents[3]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -109,8 +109,8 @@ def _keys(dim: int, num_parameters: int = 10_000) -> SketchKeys:
 
 
 def _word(hash_word: int, index: int) -> int:
-    first, second = _word_keys("sketch", SEED, hash_word)
-    return _mix(_mix(index ^ first) ^ second)
+    first, second = word_keys("sketch", SEED, hash_word)
+    return mix(mix(index ^ first) ^ second)
 
 
 @cache
@@ -179,8 +179,8 @@ def test_signs_and_shifts_are_those_of_torch_bit_for_bit(offset: int) -> None:
     call.grads, call.out = torch.ones_like(call.grads), torch.zeros_like(call.out)
     call.run("sgd", offset, keys)
     index = torch.arange(offset, offset + num_columns)
-    shifts = _hash_words(index // dim, *_word_keys("sketch", SEED, 0)) % dim
-    words = _hash_words(index // 32, *_word_keys("sketch", SEED, 1))
+    shifts = hash_words(index // dim, *word_keys("sketch", SEED, 0)) % dim
+    words = hash_words(index // 32, *word_keys("sketch", SEED, 1))
     signs = ((words >> (index % 32)) & 1) * 2 - 1
     expected = torch.zeros(1, dim).index_add_(1, (index % dim + shifts) % dim, signs.float()[None])
     assert torch.equal(call.out.cpu(), expected)

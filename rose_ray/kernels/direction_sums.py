@@ -1,0 +1,149 @@
+"""A batch's directions, never held whole: what each module adds to squares and projections.
+
+Shapes: B batch, D numbers of a projection, n parameters of one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rose_ray.errors import ConfigError
+from rose_ray.kernels.adam import LESS_CODE_BETA1, AdamMode, AdamState, adam_direction
+from rose_ray.kernels.deflated import DeflatedProjection
+from rose_ray.kernels.fused import SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
+from rose_ray.kernels.projection import Projection
+from rose_ray.kernels.sketch import SketchProjection
+
+KernelKind = Literal["torch", "triton"]
+"""torch's own operators, or one fused Triton kernel a module."""
+
+
+class DirectionSums:
+    """Running sums of one batch.
+
+    Args:
+        num_samples: B.
+        projections: Applied to every module's directions as they come, on the device of the gradients.
+        mode: Adam transform.
+        state: Number of updates, betas and eps of the optimizer that ran.
+        kernel: What does the work.
+        device: Where.
+        dtype: Of the projections' sums, float32 or float64.
+
+    Attributes:
+        projected: Per projection [B, D], not divided by any length.
+        square_B: Squared length of the direction, float64.
+        total_square_B: ``||b1 m + (1 - b1) g||**2``, float64; 0 where the mode has no momentum.
+        momentum_square: ``||b1 m||**2``, float64 scalar.
+
+    Raises:
+        ConfigError: The kernel is unknown, or cannot do one of the projections.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        projections: Sequence[Projection],
+        mode: AdamMode,
+        state: AdamState,
+        *,
+        kernel: KernelKind = "torch",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if kernel not in get_args(KernelKind):
+            raise ConfigError(f"kernel is {kernel!r}; expected one of {', '.join(get_args(KernelKind))}")
+        self.projections, self.mode, self.state, self.kernel = projections, mode, state, kernel
+        self.projected = [torch.zeros(num_samples, each.dim, dtype=dtype, device=device) for each in projections]
+        self.square_B = torch.zeros(num_samples, dtype=torch.float64, device=device)
+        self.total_square_B = torch.zeros_like(self.square_B)
+        self.momentum_square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, offset: int, grads_BOI: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
+        """Add one module.
+
+        Args:
+            offset: Place of the module in the flat parameter vector.
+            grads_BOI: Its gradients, float32 or float64. May be overwritten.
+            exp_avg, exp_avg_sq: Its moments, as `adam_direction` takes them.
+        """
+        if self.kernel == "triton":
+            self._add_fused(offset, grads_BOI.flatten(1), exp_avg, exp_avg_sq)
+            return
+        adam = adam_direction(grads_BOI, exp_avg, exp_avg_sq, self.state, self.mode)
+        direction_Bn = adam.direction_B.flatten(1)
+        self.square_B += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
+        self.total_square_B += adam.total_square_B
+        self.momentum_square += adam.momentum_square
+        for projection, out_BD in zip(self.projections, self.projected, strict=True):
+            projection.add(out_BD, offset, direction_Bn)
+
+    def _add_fused(self, offset: int, grads_Bn: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
+        """Sketch in the pass that reads the gradients; further projections read the directions it leaves there."""
+        if self.mode in ("torch", "less_code") and exp_avg is not None:
+            beta1 = LESS_CODE_BETA1 if self.mode == "less_code" else self.state.adam_beta1
+            self.momentum_square += (beta1 * torch.linalg.vector_norm(exp_avg)).double().square()
+        exp_avg_n, exp_avg_sq_n = (None if each is None else each.flatten() for each in (exp_avg, exp_avg_sq))
+        sketched = [number for number, each in enumerate(self.projections) if _sketch_of(each) is not None][:1]
+        for number in sketched:
+            sketch = _sketch_of(first := self.projections[number])
+            assert sketch is not None
+            out_BD = grads_Bn.new_zeros(len(grads_Bn), sketch.dim)
+            fused_direction_sketch(
+                grads_Bn,
+                exp_avg_n,
+                exp_avg_sq_n,
+                self.state,
+                self.mode,
+                offset=offset,
+                dim=sketch.dim,
+                sketch_keys=_keys(sketch, grads_Bn.device),
+                out_BD=out_BD,
+                square_B=self.square_B,
+                total_square_B=self.total_square_B,
+                direction_out_BP=grads_Bn if len(self.projections) > 1 or first is not sketch else None,
+            )
+            if isinstance(first, DeflatedProjection):
+                first.add_sketched(self.projected[number], offset, grads_Bn, out_BD)
+            else:
+                self.projected[number] += out_BD
+        if not sketched:
+            fused_direction(
+                grads_Bn,
+                exp_avg_n,
+                exp_avg_sq_n,
+                self.state,
+                self.mode,
+                square_B=self.square_B,
+                total_square_B=self.total_square_B,
+                direction_out_BP=grads_Bn,
+            )
+        for number, (projection, out_BD) in enumerate(zip(self.projections, self.projected, strict=True)):
+            if number not in sketched:
+                projection.add(out_BD, offset, grads_Bn)
+
+    def momentum_shares(self) -> Tensor:
+        """Return ``||b1 m|| / ||b1 m + (1 - b1) g||`` of each sample, float64 [B]; 0 without momentum."""
+        tiny = torch.finfo(torch.float64).tiny
+        shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
+        return torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
+
+
+def _sketch_of(projection: Projection) -> SketchProjection | None:
+    inner = projection.inner if isinstance(projection, DeflatedProjection) else projection
+    return inner if isinstance(inner, SketchProjection) else None
+
+
+_KEYS: dict[tuple[str, str], SketchKeys] = {}
+
+
+def _keys(sketch: SketchProjection, device: torch.device) -> SketchKeys:
+    # a table of one number a block of D parameters; the same for every batch
+    key = (f"{sketch.identity()}/{sketch.num_parameters}", str(device))
+    if key not in _KEYS:
+        _KEYS[key] = make_sketch_keys(sketch.seed, sketch.dim, sketch.num_parameters, device)
+    return _KEYS[key]
