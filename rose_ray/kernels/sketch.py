@@ -24,8 +24,8 @@ from rose_ray.kernels.tables import TABLE_CACHE_BYTES, TableCache
 SKETCH_VERSION = 2
 """Raised whenever any entry of the matrix changes; part of the identity. Version 1 drew every row by itself."""
 
-SKETCH_BLOCK_COLUMNS = 1 << 18
-"""Parameters worked on at once; the tables are cached in pieces of this size."""
+SKETCH_BLOCK_COLUMNS = 1 << 16
+"""Parameters worked on at once, so that copies stay in a cache; the tables are cached in pieces of this size."""
 
 _MIN_DIM_BY_BLOCK = 257  # narrower blocks cost more in calls than the gather costs in memory
 
