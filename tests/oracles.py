@@ -146,8 +146,9 @@ def projection_matrix(kind: str, dim: int, seed: int, num_parameters: int) -> np
     matrix = np.zeros((dim, num_parameters))
     for index in range(num_parameters):
         if kind == "sketch":
-            row = _hash_word("SKET", seed, 0, index) % dim
-            matrix[row, index] = 1.0 if _hash_word("SKET", seed, 1, index) >> 31 else -1.0
+            turn = _hash_word("SKET", seed, 0, index // dim)
+            bits = _hash_word("SKET", seed, 1, index // 32)
+            matrix[(index + turn) % dim, index] = 1.0 if bits >> index % 32 & 1 else -1.0
         else:
             for word in range(-(-dim // 32)):
                 bits = _hash_word("RADE", seed, word, index)

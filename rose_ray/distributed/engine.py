@@ -78,19 +78,17 @@ class DeepSpeedScoringModel(ScoringModel):
         # Stage 0 wants an optimizer; one that is never stepped costs nothing.
         adapter = list(adapter_parameters(peft_model).values())
         optimizer = torch.optim.SGD(adapter, lr=0.0) if stage == 0 else None
-        config = _zero_config(model, largest_adapter_matrix=max(p.numel() for p in adapter))
+        config = _zero_config(model)
         self.engine, *_ = deepspeed.initialize(model=peft_model, optimizer=optimizer, config=config)
-        self._gathered = deepspeed.zero.GatheredParameters if stage == 3 else None
         # The engine's own forward insists on its own backward; the module underneath keeps DeepSpeed's hooks.
         super().__init__(_checkpointed(self.engine.module, model), device, checkpointed=model.gradient_checkpointing)
 
-    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy an adapter's weights into the slot, whatever holds it."""
-        if self._gathered is None:
-            super().load_adapter(tensors)
-            return
-        with self._gathered(list(adapter_parameters(self.module).values()), modifier_rank=0):
-            super().load_adapter(tensors)
+    def _slot(self) -> dict[str, Tensor]:
+        if self.engine.zero_optimization_stage() < 3:
+            return super()._slot()
+        # Partitioned parameters come and go; the adapter is small and needed in every layer, so it stays outside.
+        parameters = adapter_parameters(self.module).items()
+        return {name: torch.zeros(p.ds_shape, dtype=p.dtype, device=self.device) for name, p in parameters}  # type: ignore[attr-defined]
 
 
 def _checkpointed(module: nn.Module, model: ModelConfig) -> nn.Module:
@@ -99,13 +97,10 @@ def _checkpointed(module: nn.Module, model: ModelConfig) -> nn.Module:
     return module
 
 
-def _zero_config(model: ModelConfig, *, largest_adapter_matrix: int) -> dict[str, Any]:
+def _zero_config(model: ModelConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": model.deepspeed.zero_stage}
-    if model.deepspeed.zero_stage == 3:
-        # Adapter matrices stay resident: gathering many small tensors costs more than holding them.
-        zero["stage3_param_persistence_threshold"] = max(100_000, largest_adapter_matrix)
-        if model.deepspeed.offload_parameters != "none":
-            zero["offload_param"] = {"device": model.deepspeed.offload_parameters}
+    if model.deepspeed.offload_parameters != "none":
+        zero["offload_param"] = {"device": model.deepspeed.offload_parameters}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,

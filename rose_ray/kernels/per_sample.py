@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
 GradientConsumer = Callable[[str, Tensor], None]
 """Called once per parameter and backward pass with its name and gradients [B, O, I]."""
@@ -56,7 +57,7 @@ def packed_weight_gradients(input_TI: Tensor, output_grad_TO: Tensor, lengths: S
 
 
 class _AddedLora(torch.autograd.Function):
-    """``base + scaling * B(A(x))``, in place on ``base``.
+    """``base + scaling * B A x``, in place on ``base``.
 
     Inputs go through ``save_for_backward``, so activation checkpointing recomputes them like any other. The anchor
     requires a gradient and gets none: it starts the graph at the lowest adapter, so nothing runs backward below it.
@@ -68,23 +69,22 @@ class _AddedLora(torch.autograd.Function):
         base_BSO: Tensor,
         input_BSI: Tensor,
         anchor: Tensor,
-        lora_a: nn.Module,
-        lora_b: nn.Module,
+        weight_RI: Tensor,
+        weight_OR: Tensor,
         scaling: float,
         receive: FactorReceiver | None,
     ) -> Tensor:
-        # Called as modules: under ZeRO stage 3 it is their hooks that gather the weights.
-        inner_BSR = lora_a(input_BSI)
-        base_BSO.add_(lora_b(inner_BSR), alpha=scaling)
+        inner_BSR = linear(input_BSI, weight_RI)
+        base_BSO.flatten(0, -2).addmm_(inner_BSR.flatten(0, -2), weight_OR.T, alpha=scaling)
         ctx.mark_dirty(base_BSO)
-        ctx.save_for_backward(input_BSI, inner_BSR)
-        ctx.weights, ctx.scaling, ctx.receive = (lora_a.weight, lora_b.weight), scaling, receive
+        ctx.save_for_backward(input_BSI, inner_BSR, weight_RI, weight_OR)
+        ctx.scaling, ctx.receive = scaling, receive
         return base_BSO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        input_BSI, inner_BSR = ctx.saved_tensors
-        (weight_RI, weight_OR), grad_BSO = ctx.weights, grads[0]
+        input_BSI, inner_BSR, weight_RI, weight_OR = ctx.saved_tensors
+        grad_BSO = grads[0]
         inner_grad_BSR = (grad_BSO @ weight_OR).mul_(ctx.scaling)
         if ctx.receive is not None:
             ctx.receive("A", input_BSI, inner_grad_BSR)
@@ -96,23 +96,23 @@ class _AddedLora(torch.autograd.Function):
 def added_lora(
     base_BSO: Tensor,
     input_BSI: Tensor,
-    lora_a: nn.Module,
-    lora_b: nn.Module,
+    weight_RI: Tensor,
+    weight_OR: Tensor,
     scaling: float,
     receive: FactorReceiver | None,
 ) -> Tensor:
     """Add a LoRA layer's part to what its base layer gave, and send the factors of its gradients on in backward.
 
     Args:
-        base_BSO: Output of the base layer; changed in place.
+        base_BSO: Output of the base layer, contiguous; changed in place.
         input_BSI: What went into both, in the type of the adapter.
-        lora_a, lora_b: Linear layers I to R and R to O without bias. Their weights must be frozen.
+        weight_RI, weight_OR: The adapter's A and B; constants.
         scaling: What the adapter's output is multiplied by.
         receive: Gets the factors of both weights' gradients in the backward pass; None where nobody wants them.
 
     Returns:
-        ``base_BSO``, part of the graph whether or not its inputs are.
+        ``base_BSO``, part of the graph where somebody receives, whether or not its inputs are.
     """
     anchor = torch.zeros((), requires_grad=receive is not None)
-    out_BSO: Tensor = _AddedLora.apply(base_BSO, input_BSI, anchor, lora_a, lora_b, scaling, receive)
+    out_BSO: Tensor = _AddedLora.apply(base_BSO, input_BSI, anchor, weight_RI, weight_OR, scaling, receive)
     return out_BSO

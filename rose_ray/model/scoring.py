@@ -196,15 +196,20 @@ class ScoringModel:
         self.module = module
         self.device = torch.device(device)
         module.requires_grad_(False)
-        self.taps = Taps(module)
+        self.weights = self._slot()
+        self.taps = Taps(module, self.weights)
         module.train(checkpointed)
         if checkpointed:
             _remove_dropout(module)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy an adapter's weights into the slot, by parameter name."""
-        for name, parameter in adapter_parameters(self.module).items():
-            parameter.data.copy_(tensors[name])
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[name])
+
+    def _slot(self) -> dict[str, Tensor]:
+        """The adapter's weights by layout name; here those of the model itself."""
+        return {name: parameter.data for name, parameter in adapter_parameters(self.module).items()}
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

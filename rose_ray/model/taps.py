@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,18 +27,20 @@ class Taps:
 
     Args:
         module: A PEFT model with one LoRA adapter on linear layers, all its parameters frozen.
+        weights: The adapter slot: weights by layout name, whole and on the device, whoever holds the model's own.
 
     Raises:
         ModelError: The adapter is no plain LoRA (DoRA, a bias, an embedding).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._consume: GradientConsumer | None = None
         self._packed_lengths: Sequence[int] | None = None
         layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
         for name, layer in layers.items():
             _check_plain(name, layer)
-            layer.forward = functools.partial(self._forward, name, layer)
+            pair = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+            layer.forward = functools.partial(self._forward, name, layer, pair)
 
     @contextmanager
     def sending_to(self, consume: GradientConsumer, packed_lengths: Sequence[int] | None) -> Iterator[None]:
@@ -54,17 +56,14 @@ class Taps:
         finally:
             self._consume = None
 
-    def _forward(self, name: str, layer: Any, hidden_BSI: Tensor) -> Tensor:
+    def _forward(self, name: str, layer: Any, weights: tuple[Tensor, Tensor], hidden_BSI: Tensor) -> Tensor:
         base_BSO: Tensor = layer.base_layer(hidden_BSI)
         if layer.disable_adapters:
             return base_BSO
-        lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         receive = functools.partial(self._receive, name) if self._consume is not None else None
-        hidden_BSI = hidden_BSI.to(lora_a.weight.dtype)
-        if base_BSO.dtype is lora_a.weight.dtype:
-            return added_lora(base_BSO, hidden_BSI, lora_a, lora_b, layer.scaling[ADAPTER], receive)
-        wide_BSO = base_BSO.to(lora_a.weight.dtype)
-        return added_lora(wide_BSO, hidden_BSI, lora_a, lora_b, layer.scaling[ADAPTER], receive).to(base_BSO.dtype)
+        dtype = weights[0].dtype  # no copies where base and adapter have one type
+        scaling = layer.scaling[ADAPTER]
+        return added_lora(base_BSO.to(dtype), hidden_BSI.to(dtype), *weights, scaling, receive).to(base_BSO.dtype)
 
     def _receive(self, name: str, which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
         consume = self._consume

@@ -50,7 +50,7 @@ def test_a_part_that_comes_or_goes_is_named_whole() -> None:
         ("training_set.selection.count", ("select",)),
         ("warmup.workers", ()),
         ("warmup.adapter_weights", ("warmup", "score", "select")),
-        ("gradients.adam", ("features", "score", "select")),
+        ("gradients.adam", ("bank", "features", "score", "select")),
         ("gradients.projection.dim", ("bank", "features", "score", "select")),
         ("ray.actors", ()),
         ("unheard_of", STAGES),
