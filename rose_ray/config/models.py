@@ -48,6 +48,9 @@ class ModelConfig(_Strict):
         False, description="Let what follows an answer's end token (a newline) carry loss too, as LESS's code does."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    quantized: Literal["none", "nf4"] = Field(
+        "none", description="nf4 holds the base's linear layers in 4 bits (bitsandbytes); adapters stay whole."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: less memory, about half as fast again."
     )
@@ -61,6 +64,15 @@ class ModelConfig(_Strict):
     def _settings_fit_loader(self) -> ModelConfig:
         if self.loader == "plain" and self.deepspeed != DeepSpeedConfig():
             raise ValueError("loader: plain leaves no use for what is set in deepspeed: take out one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_weights_stay_whole(self) -> ModelConfig:
+        if self.quantized != "none" and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                f"quantized: {self.quantized} with deepspeed.zero_stage: 3 is not supported, since packed weights "
+                "would be partitioned: set zero_stage: 0 or quantized: none"
+            )
         return self
 
 
