@@ -43,6 +43,24 @@ def base_folder(base_of: Callable[[str], str]) -> str:
 
 
 @pytest.fixture(scope="session")
+def wide_base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], str]:
+    """Folder of a base model whose layers all read a multiple of 64 numbers, as NF4 wants it on the CPU."""
+
+    @cache
+    def make(architecture: str) -> str:
+        config = tiny_config(architecture, len(tokenizer), hidden_size=64, intermediate_size=128, head_dim=16)
+        return save_base(tmp_path_factory.mktemp(f"wide-{architecture}"), config, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_base(wide_base_of: Callable[[str], str]) -> str:
+    """Folder of the wide Llama."""
+    return wide_base_of("llama")
+
+
+@pytest.fixture(scope="session")
 def pool_rows() -> list[dict[str, Any]]:
     """24 records of a pool."""
     return make_pool_rows(24)

@@ -66,6 +66,15 @@ class ModelConfig(_Strict):
             raise ValueError("loader: plain leaves no use for what is set in deepspeed: take out one of them")
         return self
 
+    @model_validator(mode="after")
+    def _packed_weights_stay_whole(self) -> ModelConfig:
+        if self.quantized != "none" and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                f"quantized: {self.quantized} with deepspeed.zero_stage: 3 is not supported, since packed weights "
+                "would be partitioned: set zero_stage: 0 or quantized: none"
+            )
+        return self
+
 
 class LoraConfig(_Strict):
     """The adapter whose gradients are compared. Defaults are the paper's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.models import DeepSpeedConfig, LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE
 from rose_ray.errors import ModelError
 from rose_ray.model.base import (
@@ -24,7 +25,7 @@ from rose_ray.model.base import (
     load_tokenizer,
     resolve_base,
 )
-from rose_ray.model.layout import adapter_parameters
+from rose_ray.model.layout import adapter_parameters, layout_of
 from tests.tiny import CHAT_TEMPLATE
 
 
@@ -166,3 +167,70 @@ def test_a_base_whose_files_lack_weights_is_refused(base_folder: Any, tmp_path: 
     save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="1 weights are missing"):
         load_base(ModelConfig(base=str(folder), dtype="float32"))
+
+
+def test_a_quantised_base_has_the_layout_of_a_whole_one(wide_base: str) -> None:
+    lora = LoraConfig(rank=2, target_modules=["q_proj", "down_proj"])
+    packed = load_base(_config(wide_base, dtype="bfloat16", quantized="nf4"))
+    layers = {name: p for name, p in packed.named_parameters() if name.endswith("_proj.weight")}
+    assert len(layers) == 14 and {p.dtype for p in layers.values()} == {torch.uint8}
+    assert packed.get_submodule("lm_head").weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in packed.parameters())
+    model = attach_adapter(packed, lora, dropout=0.0)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    for quantized in ("none", "nf4"):
+        meta = load_base(_config(wide_base, quantized=quantized), device="meta")
+        assert layout_of(model) == layout_of(attach_adapter(meta, lora, dropout=0.0))
+
+
+def test_a_quantised_base_without_its_library_is_refused(wide_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ModelError, match=r"^model.quantized: nf4 needs bitsandbytes: pip install 'rose-ray\[quantized\]'"
+    ):
+        load_base(_config(wide_base, quantized="nf4"))
+    load_base(_config(wide_base, quantized="nf4"), device="meta")
+
+
+def test_a_quantised_base_of_incomplete_files_is_refused(wide_base: str, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(wide_base, tmp_path / "base"))
+    weights = load_file(copied / "model.safetensors")
+    lost = next(name for name in weights if "q_proj" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, copied / "model.safetensors")
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        load_base(_config(copied, quantized="nf4"))
+
+
+def test_packed_weights_are_not_partitioned(wide_base: str) -> None:
+    with pytest.raises(ValueError, match=r"quantized: nf4 with deepspeed.zero_stage: 3 is not supported"):
+        _config(wide_base, quantized="nf4", deepspeed=DeepSpeedConfig(zero_stage=3))
+
+
+def test_layers_that_the_cpu_would_unpack_wrongly_are_refused(base_folder: str) -> None:
+    with pytest.raises(
+        ModelError,
+        match=r"^model.quantized: nf4 .* multiple of 64; .* has 14 others, such as model.layers.0.self_attn.q_proj",
+    ):
+        load_base(_config(base_folder, quantized="nf4"))
+
+
+def test_on_a_gpu_a_quantised_base_is_packed_where_the_process_computes(
+    wide_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(folder: str, **settings: Any) -> None:
+        asked.update(settings)
+        raise OSError("no GPU here")
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("rose_ray.model.base.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(ModelError, match="no GPU here"):
+        load_base(_config(wide_base, quantized="nf4"), device="cuda")
+    packing = asked["quantization_config"]
+    assert asked["device_map"] == {"": 3} and asked["dtype"] == packing.bnb_4bit_compute_dtype == torch.bfloat16
+    assert (packing.load_in_4bit, packing.bnb_4bit_quant_type, packing.bnb_4bit_use_double_quant) == (
+        True,
+        "nf4",
+        False,
+    )
