@@ -104,15 +104,17 @@ def added_lora(
     """Add a LoRA layer's part to what its base layer gave, and send the factors of its gradients on in backward.
 
     Args:
-        base_BSO: Output of the base layer, contiguous; changed in place.
+        base_BSO: Output of the base layer, contiguous; changed in place where it is no view.
         input_BSI: What went into both, in the type of the adapter.
         weight_RI, weight_OR: The adapter's A and B; constants.
         scaling: What the adapter's output is multiplied by.
         receive: Gets the factors of both weights' gradients in the backward pass; None where nobody wants them.
 
     Returns:
-        ``base_BSO``, part of the graph where somebody receives, whether or not its inputs are.
+        The sum, part of the graph where somebody receives, whether or not its inputs are.
     """
+    if base_BSO._is_view():  # of another custom function: autograd does not let it be changed
+        base_BSO = base_BSO.clone()
     anchor = torch.zeros((), requires_grad=receive is not None)
     out_BSO: Tensor = _AddedLora.apply(base_BSO, input_BSI, anchor, weight_RI, weight_OR, scaling, receive)
     return out_BSO
