@@ -50,6 +50,7 @@ class ScoringSpec:
         device: ``cpu`` or ``cuda``.
         threads: Torch threads.
         max_batch_tokens: Bound on rows times length of a batch.
+        memory_share: Part of its device's memory that an actor may plan with.
         spaces: What features are made for.
     """
 
@@ -63,6 +64,7 @@ class ScoringSpec:
     device: str
     threads: int
     max_batch_tokens: int
+    memory_share: float = 1.0
     spaces: tuple[SpaceSpec, ...] = ()
 
     def read_checkpoints(self) -> list[Checkpoint]:
@@ -144,7 +146,10 @@ class ScoringActor(_ModelHolder):
         wanted = [spec.spaces[number] for number in spaces]
         maps = [self.projections(space) for space in wanted]
         features = shard_features(self.model, tokens, self.checkpoints, spec.layout, maps, self.settings)
-        self.settings = replace(self.settings, max_batch_tokens=features.max_batch_tokens)
+        if spec.device == "cuda":
+            # What did not fit will not fit in the next shard either. Not on the CPU, where a shard's bytes must not
+            # depend on what its actor did before.
+            self.settings = replace(self.settings, max_batch_tokens=features.max_batch_tokens)
         computed = time.monotonic()
         rejected = pa.concat_tables([rejected, features.rejected])
         num_scored = features.tables[0][0].num_rows
@@ -192,8 +197,8 @@ class BankActor(_ModelHolder):
             projections = [each[0].to(self.model.device) for each in maps]
             list(runner.run([sample] * rows, self.checkpoints[0], projections))
 
-        meter = memory_meter(self.model.device)
-        return measured_budget(run, length, MOST_TOKENS[self.model.device.type], meter)
+        meter, device = memory_meter(self.model.device), self.model.device.type
+        return measured_budget(run, length, MOST_TOKENS[device], meter, share=spec.memory_share)
 
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""

@@ -67,9 +67,13 @@ class Batch:
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
-        """What the model is called with. Positions that start again tell it where packed samples begin."""
+        """What the model is called with.
+
+        No mask for padding: it stands on the right, where causal attention never looks from a real token, and without
+        a mask the kernels skip the upper half. Positions that start again tell where packed samples begin.
+        """
         if self.lengths is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return {"input_ids": self.input_ids}
         positions = torch.cat([torch.arange(length) for length in self.lengths]).to(self.input_ids.device)
         return {"input_ids": self.input_ids, "position_ids": positions[None]}
 

@@ -146,9 +146,9 @@ def test_gradients_are_those_of_the_rounded_base(
 def test_gradients_are_those_of_autograd_on_the_same_model(wide_base: str, adapter: oracles.Named) -> None:
     model = load_scoring_model(_config(wide_base), LORA, device="cpu")
     values, grads, _ = _gradients(model, adapter)
-    for parameter in oracles.trainable(model.module).values():
-        parameter.requires_grad_(True)
-    pairs = [oracles.gradient(model.module, (s.input_ids, s.loss_mask), "mean_loss") for s in SAMPLES]
+    trained = attach_adapter(load_base(_config(wide_base)), LORA, dropout=0.0).eval()
+    oracles.set_adapter(trained, adapter)
+    pairs = [oracles.gradient(trained, (s.input_ids, s.loss_mask), "mean_loss") for s in SAMPLES]
     torch.testing.assert_close(values, torch.stack([value for value, _ in pairs]), rtol=FLOAT32, atol=0)
     assert _error(grads, torch.stack([oracles.flat(named) for _, named in pairs])) < FLOAT32
 

@@ -68,14 +68,14 @@ def test_models_that_cannot_restrict_logits_give_the_same_values() -> None:
             torch.manual_seed(0)
             self.embed, self.head = nn.Embedding(330, 8), nn.Linear(8, 330)
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-            logits = self.head(self.embed(input_ids).cumsum(1) * attention_mask[..., None])
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            logits = self.head(self.embed(input_ids).cumsum(1))
             return type("Output", (), {"logits": logits})
 
     model = Bare().double()
     expected = []
     for sample in SAMPLES:
-        logps = model(torch.tensor([sample.input_ids]), torch.ones(1, len(sample.input_ids))).logits[0].log_softmax(-1)
+        logps = model(torch.tensor([sample.input_ids])).logits[0].log_softmax(-1)
         labelled = [i for i in range(1, len(sample.input_ids)) if sample.loss_mask[i]]
         expected.append(sum(logps[i - 1, sample.input_ids[i]] for i in labelled))
     torch.testing.assert_close(

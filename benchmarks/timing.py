@@ -1,0 +1,121 @@
+"""Variants of one pass, timed in turns against a baseline in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Pass = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How a variant compares with the baseline.
+
+    Attributes:
+        name: Of the variant.
+        ratio: Median over rounds of baseline time over the variant's; above 1 is faster.
+        low, high: 90 % bootstrap interval of that median.
+        seconds: Median time of a pass, CPU seconds (of the device's clock on a GPU).
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+
+
+def compare(variants: Mapping[str, Pass], baseline: str, *, rounds: int, device: str = "cpu") -> list[Ratio]:
+    """Time every variant in every round, the order turned round each time: A B B A.
+
+    Args:
+        variants: A pass each, over the same batches.
+        baseline: Which of them the others are divided by; it is timed twice a round, the second time as a control.
+        rounds: How often.
+        device: ``cpu`` counts the process's CPU seconds, ``cuda`` wall seconds up to the device's end.
+    """
+    passes = {**variants, f"{baseline}, again": variants[baseline]}
+    for once in variants.values():
+        once()
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(rounds):
+        for name in list(passes)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(_timed(passes[name], device))
+    base = seconds[baseline]
+    return [_ratio(name, [b / t for b, t in zip(base, each, strict=True)], each) for name, each in seconds.items()]
+
+
+def _timed(once: Pass, device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        once()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    once()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _ratio(name: str, ratios: Sequence[float], seconds: Sequence[float]) -> Ratio:
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return Ratio(name, statistics.median(ratios), medians[50], medians[949], statistics.median(seconds))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    flags = set(re.findall(r"flags\s*:\s*(.*)", text)[0].split()) if text else set()
+    return {
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "cpu": next(iter(re.findall(r"model name\s*:\s*(.*)", text)), platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "has": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def write_results(name: str, sections: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], folder: Path) -> None:
+    """Write ``DATE-NAME.json`` and ``.md``: a table of dataclasses (or mappings) a section, and print the latter."""
+    rows = {
+        title: [each if isinstance(each, dict) else asdict(each) for each in part] for title, part in sections.items()
+    }
+    about = {**machine(), **facts}
+    lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in about.items())]
+    for title, part in rows.items():
+        if not part:
+            continue
+        columns = list(part[0])
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in part]
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{about['date']}-{name}"
+    stem.with_suffix(".json").write_text(json.dumps({"about": about, "sections": rows}, indent=1, default=str) + "\n")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
