@@ -34,6 +34,10 @@ BASELINE = "plain step, full logits"
 LABEL_ONLY = "plain step, labels only"
 
 
+Variant = tuple[str, torch.dtype, str, int]
+"""Name, type of the base, projection, width."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One comparison: a size of model, a rank, batches, a device."""
