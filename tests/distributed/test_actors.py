@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 
+from rose_ray.distributed.actors import ScoringActor, tokenize_task
+from rose_ray.distributed.job import Job
 from rose_ray.distributed.resources import Node, check_resources
 from rose_ray.distributed.run import run_job
 from rose_ray.errors import ResourceError
+from rose_ray.stages.pool import skipped_rows
 from tests.distributed.conftest import FinishedJob
-from tests.distributed.reading import digests, manifests
+from tests.distributed.reading import digests, made_stages, manifests, opened
 from tests.distributed.session import NUM_CPUS
 from tests.distributed.tiny import tiny_job
 
 
 @pytest.mark.ray
 def test_two_actors_make_the_bytes_of_one(finished: FinishedJob, copied: Path) -> None:
-    shutil.rmtree(copied / "features")
-    run_job(tiny_job(finished.inputs, copied, ["ray.actors=2"]), stages=("ingest", "warmup", "features"))
-    workers = {manifest.facts["pid"] for manifest in manifests(copied, "features")}
-    if len(workers) < 2:
-        warnings.warn("one of the two actors did everything, so this run shows nothing", stacklevel=1)
-    one, two = (
-        {path: digest for path, digest in digests(workspace, "features").items() if path.endswith(".parquet")}
-        for workspace in (finished.workspace, copied)
-    )
-    assert one == two
+    pool, warmup = finished.result.pool, finished.result.warmup
+    assert pool is not None and warmup is not None
+    for stage in ("features", "scores"):
+        shutil.rmtree(copied / stage)
+    config = tiny_job(finished.inputs, copied)
+    job = Job(opened(copied), config)
+    (features,) = job.feature_sets(warmup).values()
+    spec = job.spec(warmup, 512, [features.spec])
+    skipped = skipped_rows(job.workspace, pool)
+    actors = [job.actor(ScoringActor, spec) for _ in range(2)]
+    done = []
+    for number, entry in enumerate(pool.facts["shards"]):  # in turns, so that both have worked
+        row = {"shard": entry["shard"], "skipped": skipped.get(entry["shard"], []), "spaces": [0]}
+        tokens = tokenize_task(row, spec, pool)
+        batch = {key: np.array([value, None], dtype=object)[:1] for key, value in tokens.items()}
+        done.append(actors[number % 2].__call__.remote(batch))
+    ray.get(done)
+    for actor in actors:
+        ray.kill(actor)
+    assert len({manifest.facts["pid"] for manifest in manifests(copied, "features")}) == 2
+    result = run_job(config)
+    assert made_stages(result.stages) == ["score alpha", "score beta"]
+    for stage in ("features", "scores"):
+        one, two = (
+            {path: digest for path, digest in digests(workspace, stage).items() if path.endswith(".parquet")}
+            for workspace in (finished.workspace, copied)
+        )
+        assert one == two and one
 
 
 IMPOSSIBLE = {
