@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def test_counts_of_every_file(finished: FinishedJob) -> None:
         assert rejected.num_rows == file.counts["rejected"]
         reasons += rejected["reason"].to_pylist()
     assert len(files) == 2 and sorted(reasons) == sorted(tiny.MALFORMED)
+
+
+def test_the_driver_says_what_every_file_held(
+    finished: FinishedJob, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(finished.inputs / "n.jsonl", copied.parent / "again.jsonl")
+    files = [*(f"{finished.inputs}/{name}.jsonl" for name in "mn"), f"{copied.parent}/again.jsonl"]
+    caplog.set_level("INFO")
+    run_job(tiny.tiny_job(finished.inputs, copied, [f"pool.inputs.0.files={files}"]), stages=("ingest",))
+    said = [record.getMessage() for record in caplog.records]
+    reasons = ", ".join(f"{reason} 1" for reason in sorted(tiny.MALFORMED))
+    assert (
+        f"{files[0]}: format messages, {tiny.NUM_FIRST + tiny.NUM_REPEATED + len(tiny.MALFORMED)} rows read, "
+        f"{tiny.NUM_FIRST} unique, {tiny.NUM_REPEATED} duplicates, {len(tiny.MALFORMED)} rejected, 0 unsampled "
+        f"({reasons})"
+    ) in said
+    assert f"these input files hold the same bytes, one of them counts: {files[1]}, {files[2]}" in said
 
 
 def test_counts_of_warmup_and_features(finished: FinishedJob) -> None:
