@@ -21,6 +21,7 @@ from rose_ray.distributed.resources import check_resources, cluster_nodes
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import RoseError
 from rose_ray.model.base import with_absolute_paths
+from rose_ray.stages.selection_check import check_selections
 from rose_ray.stores.runs import last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
@@ -77,6 +78,7 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     pool = ingest(job)
     if "warmup" not in stages:
         return
+    check_selections(job.config, pool.facts["sources"])
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     warmup = warm_up(job, pool, new_warmup)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rose_ray.distributed.run import STAGES, run_job
+from rose_ray.errors import ConfigError
 from rose_ray.schemas import scores_schema
 from rose_ray.stages.pool import ROW_COUNTS, pool_row_ids
 from tests.distributed import tiny
@@ -70,6 +71,14 @@ def test_the_driver_says_what_every_file_held(
         f"({reasons})"
     ) in said
     assert f"these input files hold the same bytes, one of them counts: {files[1]}, {files[2]}" in said
+
+
+def test_a_selection_that_the_pool_cannot_give_ends_the_run_after_ingest(finished: FinishedJob, copied: Path) -> None:
+    before = digests(copied)
+    config = tiny.tiny_job(finished.inputs, copied, ["targets.1.selection={count: 100}", "warmup.seed=1"])
+    with pytest.raises(ConfigError, match=r"targets\.1\.selection \(beta\)\.count: 100 rows asked for"):
+        run_job(config)
+    assert digests(copied) == before
 
 
 def test_counts_of_warmup_and_features(finished: FinishedJob) -> None:
