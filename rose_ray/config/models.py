@@ -202,6 +202,15 @@ class TargetConfig(_Strict):
     )
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
 
+    @model_validator(mode="after")
+    def _cut_fits_encoding(self) -> TargetConfig:
+        if self.encoding != "rose_official" and self.official_cut != "keep_start":
+            raise ValueError(
+                f"official_cut: {self.official_cut} has no meaning with encoding: {self.encoding}, which cuts the "
+                "right side: take it out, or set encoding: rose_official"
+            )
+        return self
+
 
 class JointSelectionConfig(SelectionConfig):
     """How much of the targets' best rows; the targets take turns unless said otherwise."""
@@ -240,11 +249,23 @@ class WarmupConfig(_Strict):
     workers: int = Field(1, ge=1, description="Data-parallel workers.")
     zero_stage: Literal[0, 1, 2] = Field(0, description="What DeepSpeed shards among them.")
     adapters: list[str] | None = Field(
-        None, min_length=1, description="Your own PEFT adapter folders instead of a warm-up. Needs gradients.adam: sgd."
+        None,
+        min_length=1,
+        description="Your own PEFT adapter folders instead of a warm-up. Without moments.safetensors and "
+        "optimizer_state.json, as a warm-up writes them, in each, only gradients.adam: sgd is open.",
     )
     adapter_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weights of those adapters, for instance learning rates; equal where unset."
     )
+
+    @model_validator(mode="after")
+    def _adapters_are_not_trained(self) -> WarmupConfig:
+        # At its default a setting says nothing: `init` writes them all.
+        training = {name: field for name, field in type(self).model_fields.items() if not name.startswith("adapter")}
+        idle = [name for name, field in training.items() if getattr(self, name) != field.default]
+        if self.adapters is not None and idle:
+            raise ValueError(f"adapters are used as they are, which leaves no use for {', '.join(idle)}: take them out")
+        return self
 
     @model_validator(mode="after")
     def _weights_fit_adapters(self) -> WarmupConfig:
@@ -328,6 +349,13 @@ class RayConfig(_Strict):
     cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
     stall_seconds: int = Field(3600, ge=60, description="Give up when no shard ends for so long.")
 
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"{value} GPUs: Ray shares one GPU among actors, or gives an actor whole ones")
+        return value
+
 
 class JobConfig(_Strict):
     """The whole YAML."""
@@ -369,11 +397,6 @@ class JobConfig(_Strict):
                 raise ValueError(
                     f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
                 )
-        if self.warmup.adapters is not None and self.gradients.adam != "sgd":
-            raise ValueError(
-                f"gradients.adam: {self.gradients.adam} needs Adam moments, and adapters in warmup.adapters are "
-                "taken without any; only sgd is open"
-            )
         return self
 
     def is_exact(self, target: TargetConfig) -> bool:
