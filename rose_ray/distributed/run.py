@@ -70,7 +70,7 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
         return
     for key, (old, new) in changed_keys(previous["config"], config.model_dump(mode="json")).items():
         stages = recomputed_stages(key)
-        what = f"computes {', '.join(stages)} beside what exists" if stages else "changes no result"
+        what = f"computes {', '.join(stages)} beside what exists" if stages else "computes nothing again"
         logger.info(f"changed since the last run: {key}: {old!r} -> {new!r}; {what}")
 
 
