@@ -103,7 +103,7 @@ def test_warmup_on_nan_ends_with_one_message(finished: FinishedJob, copied: Path
 @pytest.mark.ray
 def test_a_pool_without_one_usable_row(finished: FinishedJob, tmp_path: Path, ray_cluster: None) -> None:
     write_jsonl(tmp_path / "long.jsonl", [overlong_row()])
-    changes = [f"pool.inputs.0.files=['{tmp_path}/long.jsonl']", "warmup.fraction=1.0"]
+    changes = [f"pool.inputs.0.files=['{tmp_path}/long.jsonl']", "targets.0.selection={}", "warmup.fraction=1.0"]
     with pytest.raises(DataError, match=r"none of its 1 rows makes a sample.*prompt_too_long"):
         run_job(tiny_job(finished.inputs, tmp_path / "workspace", changes))
 

@@ -97,6 +97,20 @@ def test_counts_of_warmup_and_features(finished: FinishedJob) -> None:
     assert sum(shard.counts["rows"] for shard in shards) == tiny.NUM_UNIQUE
 
 
+def test_the_totals_of_the_features_stand_beside_the_shards(finished: FinishedJob) -> None:
+    pool = finished.result.pool
+    assert pool is not None
+    (stage,) = (stage for stage in finished.result.stages if stage.stage == "features")
+    summary = opened(finished.workspace).read_json(f"{stage.folder}/pool-{pool.key}.json")
+    shards = list(manifests(finished.workspace, "features"))
+    for name in ("rows", "scored", "rejected"):
+        assert summary[name] == stage.counts[name] == sum(shard.counts[name] for shard in shards)
+    assert summary["num_tokens"] == sum(shard.facts["num_tokens"] for shard in shards)
+    assert summary["num_bytes"] == stage.num_bytes == sum(shard.num_bytes for shard in shards)
+    assert (summary["num_shards"], summary["seconds"]) == (len(shards), stage.seconds)
+    assert {"rose_ray", "torch", "ray"} <= set(summary["versions"])
+
+
 @pytest.mark.parametrize("target", ["alpha", "beta"])
 def test_score_table(finished: FinishedJob, target: str) -> None:
     scores, pool = finished.result.scores[target], finished.result.pool
