@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.config.models import SelectionConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.strict_json import without_key
 from rose_ray.errors import AccountingError
 from rose_ray.kernels.correlation import spearman

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Mapping
 from decimal import Decimal
 
-from rose_ray.config.models import JobConfig, SelectionConfig
+from rose_ray.config.models import JobConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.selection import Budget, budget_count
 

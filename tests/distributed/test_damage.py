@@ -61,7 +61,8 @@ def test_an_altered_file_is_found_when_it_is_read(
 def test_an_altered_checkpoint_is_found_by_the_actors(finished: FinishedJob, copied: Path) -> None:
     warmup = finished.result.warmup
     assert warmup is not None
-    spec = Job(opened(copied), finished.config.model_copy(update={"workspace": str(copied)})).spec(warmup)
+    job = Job(opened(copied), finished.config.model_copy(update={"workspace": str(copied)}))
+    spec = job.spec(warmup, max_batch_tokens=512)
     assert [checkpoint.name for checkpoint in spec.read_checkpoints()]
     for name in ("adapter_model.safetensors", "moments.safetensors", "optimizer_state.json"):
         altered = flip(copied / warmup.folder / "checkpoint-2" / name)
@@ -109,7 +110,9 @@ def test_bank_and_features_of_different_spaces_are_refused(finished: FinishedJob
     scores = result.scores["alpha"]
     features = scores.facts["features"]
     other = {**features, "space": {**features["space"], "projection": "rademacher/v1/dim=64/seed=1"}}
-    with pytest.raises(SpaceMismatchError, match=r"different spaces:\s+projection: features 'rademacher.* bank 'sk"):
+    with pytest.raises(
+        SpaceMismatchError, match=r"different spaces:\s+projection: features 'rademacher.* bank '.*sketch"
+    ):
         score_target(opened(copied), result.pool, other, result.banks["alpha"], target, scores.made_from, scores.folder)
 
 

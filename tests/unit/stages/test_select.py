@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rose_ray.config.models import SelectionConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import AccountingError, ConfigError
 from rose_ray.schemas import SELECTED, scores_schema
 from rose_ray.stages.select import (
