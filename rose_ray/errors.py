@@ -6,6 +6,7 @@
     ├── ConfigError          a key, value or combination in the YAML is wrong
     ├── DataError            an input file or row is wrong
     │   ├── RowError         one row; carries a machine-readable ``reason``
+    │   ├── EmptyFileError   a file without one record
     │   └── PairError        preference pairs; the message lists their ids
     ├── StoreError           something in the workspace is wrong
     │   ├── AlteredFileError     a file differs from its receipt
@@ -50,6 +51,10 @@ class RowError(DataError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+class EmptyFileError(DataError):
+    """An input file holds no record."""
 
 
 class PairError(DataError):

@@ -35,11 +35,12 @@ REJECTED = pa.schema(
 
 DUPLICATES = pa.schema(
     [
-        _column("row_id", pa.string(), "row that an earlier file of the pool already holds"),
+        _column("row_id", pa.string(), "row that is passed over for one of an earlier file of the pool"),
         _column("shard", pa.string(), "shard in which it is passed over"),
-        _column("owner", pa.string(), "shard that holds it"),
+        _column("owner", pa.string(), "shard that holds the earlier one"),
+        _column("reason", pa.string(), "duplicate: equal; id_conflict: of the same source and id, with other content"),
     ],
-    metadata={"table": "duplicates", "version": "1"},
+    metadata={"table": "duplicates", "version": "2"},
 )
 
 TOKENS = pa.schema(

@@ -9,7 +9,8 @@ STAGES = ("ingest", "warmup", "bank", "features", "score", "select")
 
 _AFTER_WARMUP = ("bank", "features", "score", "select")
 _REDUCED = ("score", "select")
-# The longest prefix that fits a key counts; items of lists go by their list's name.
+# The longest prefix that fits a key counts; items of lists go by their list's name. What computes nothing is in no key:
+# it moves results by rounding; the warm-up's batches and workers also draw other dropout masks in a fresh warm-up.
 _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "workspace": STAGES,
     "preset": (),

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from rose_ray.config.selection import SelectionConfig, TrainingSetConfig
+from rose_ray.config.strict import Fraction, Name, Strict
 
 AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
 Objective = Literal["rose", "rose_simpo", "rose_balanced", "dpo_weighted", "less"]
 Normalization = Literal["exact", "projected", "none"]
 
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-_Fraction = Annotated[float, Field(gt=0, le=1)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class DeepSpeedConfig(_Strict):
+class DeepSpeedConfig(Strict):
     """How DeepSpeed holds the frozen base model while gradients are computed."""
 
     zero_stage: Literal[0, 3] = Field(0, description="0: whole on the device. 3: parameters gathered layer by layer.")
@@ -33,7 +29,7 @@ class DeepSpeedConfig(_Strict):
         return self
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """The base model and how text becomes tokens."""
 
     base: str = Field(description="Folder or Hugging Face name of the base model and its tokenizer.")
@@ -76,7 +72,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """The adapter whose gradients are compared. Defaults are the paper's."""
 
     rank: int = Field(128, ge=1, description="Rank of every adapter matrix.")
@@ -89,7 +85,7 @@ class LoraConfig(_Strict):
     )
 
 
-class PoolInput(_Strict):
+class PoolInput(Strict):
     """Files of the pool that share a format."""
 
     files: list[str] = Field(
@@ -108,20 +104,20 @@ class PoolInput(_Strict):
         return self
 
 
-class PoolConfig(_Strict):
+class PoolConfig(Strict):
     """What is selected from."""
 
     inputs: list[PoolInput] = Field(
         min_length=1, description="Where the rows are. Of equal rows the first input's counts."
     )
     shard_rows: int = Field(512, ge=1, description="Rows of a unit of work; part of every shard's identity.")
-    sample_fraction: _Fraction = Field(
+    sample_fraction: Fraction = Field(
         1.0, description="Take this share of the rows, chosen by their content; for trials."
     )
     sample_seed: int = Field(0, description="Which rows such a share holds.")
 
 
-class PairInput(_Strict):
+class PairInput(Strict):
     """Preference pairs of a target."""
 
     files: list[str] = Field(min_length=1, description="Paths, URIs or patterns.")
@@ -129,7 +125,7 @@ class PairInput(_Strict):
         "auto",
         description="Shape of a record: with a prompt, with the prompt inside both answers, or the authors' files.",
     )
-    subtask: _Name | None = Field(None, description="Subtask of all pairs in these files.")
+    subtask: Name | None = Field(None, description="Subtask of all pairs in these files.")
     subtask_field: str | None = Field(None, description="Key of the record that names its subtask.")
     subtask_blocks: int | None = Field(
         None, ge=1, description="The file holds this many subtasks, one equal block each."
@@ -143,45 +139,10 @@ class PairInput(_Strict):
         return self
 
 
-class SelectionConfig(_Strict):
-    """How many rows, and which of the best."""
-
-    fraction: _Fraction | None = Field(None, description="Share of the pool's unique rows.")
-    count: int | None = Field(None, ge=1, description="Number of rows.")
-    tokens: int | None = Field(None, ge=1, description="Number of tokens, all roles counted.")
-    method: Literal["top_k", "round_robin"] = Field(
-        "top_k", description="top_k of the score, or each subtask in turn takes its best row left."
-    )
-    include_sources: list[str] | None = Field(None, min_length=1, description="Choose from these sources only.")
-    exclude_sources: list[str] = Field(default_factory=list, description="Choose nothing from these sources.")
-    source_quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        default_factory=dict, description="Largest share of the selection that a source may have."
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> SelectionConfig:
-        given = [n for n in ("fraction", "count", "tokens") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} contradict each other: set one of fraction, count, tokens")
-        both = sorted(set(self.include_sources or []) & set(self.exclude_sources))
-        if both:
-            raise ValueError(f"sources {both} are both included and excluded")
-        return self
-
-    @property
-    def budget(self) -> tuple[Literal["fraction", "count", "tokens"], float]:
-        """The budget that was set; 5 % of the pool where none was."""
-        if self.count is not None:
-            return "count", self.count
-        if self.tokens is not None:
-            return "tokens", self.tokens
-        return "fraction", self.fraction if self.fraction is not None else 0.05
-
-
-class TargetConfig(_Strict):
+class TargetConfig(Strict):
     """What the selected data should make the model better at."""
 
-    name: _Name = Field(description="Name of the target, used in paths.")
+    name: Name = Field(description="Name of the target, used in paths.")
     pairs: list[PairInput] = Field(min_length=1, description="Its preference pairs.")
     shots: int | None = Field(None, ge=1, description="Use the first so many pairs of every subtask; all where unset.")
     objective: Objective = Field("rose", description="Which direction a pair stands for; docs/objectives.md.")
@@ -202,28 +163,20 @@ class TargetConfig(_Strict):
     )
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
 
-
-class JointSelectionConfig(SelectionConfig):
-    """How much of the targets' best rows; the targets take turns unless said otherwise."""
-
-    method: Literal["top_k", "round_robin"] = Field(
-        "round_robin", description="Each target in turn takes its best row left, or top_k of a row's best score."
-    )
-
-
-class TrainingSetConfig(_Strict):
-    """One training set made from several targets."""
-
-    targets: list[_Name] | None = Field(None, min_length=1, description="Targets that take part; all where unset.")
-    selection: JointSelectionConfig = Field(
-        default_factory=JointSelectionConfig, description="As for a target; targets take the place of subtasks."
-    )
+    @model_validator(mode="after")
+    def _cut_fits_encoding(self) -> TargetConfig:
+        if self.encoding != "rose_official" and self.official_cut != "keep_start":
+            raise ValueError(
+                f"official_cut: {self.official_cut} has no meaning with encoding: {self.encoding}, which cuts the "
+                "right side: take it out, or set encoding: rose_official"
+            )
+        return self
 
 
-class WarmupConfig(_Strict):
+class WarmupConfig(Strict):
     """The short LoRA training that yields the checkpoints. Defaults are the paper's."""
 
-    fraction: _Fraction = Field(0.05, description="Share of the pool to train on, chosen by seed.")
+    fraction: Fraction = Field(0.05, description="Share of the pool to train on, chosen by seed.")
     seed: int = Field(0, description="Chooses the rows, their order, and the adapter's first values.")
     epochs: int = Field(4, ge=1, description="Passes; each ends with a checkpoint.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak; rises linearly from 0, then falls linearly to 0.")
@@ -240,11 +193,23 @@ class WarmupConfig(_Strict):
     workers: int = Field(1, ge=1, description="Data-parallel workers.")
     zero_stage: Literal[0, 1, 2] = Field(0, description="What DeepSpeed shards among them.")
     adapters: list[str] | None = Field(
-        None, min_length=1, description="Your own PEFT adapter folders instead of a warm-up. Needs gradients.adam: sgd."
+        None,
+        min_length=1,
+        description="Your own PEFT adapter folders instead of a warm-up. Without moments.safetensors and "
+        "optimizer_state.json, as a warm-up writes them, in each, only gradients.adam: sgd is open.",
     )
     adapter_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weights of those adapters, for instance learning rates; equal where unset."
     )
+
+    @model_validator(mode="after")
+    def _adapters_are_not_trained(self) -> WarmupConfig:
+        # At its default a setting says nothing: `init` writes them all.
+        training = {name: field for name, field in type(self).model_fields.items() if not name.startswith("adapter")}
+        idle = [name for name, field in training.items() if getattr(self, name) != field.default]
+        if self.adapters is not None and idle:
+            raise ValueError(f"adapters are used as they are, which leaves no use for {', '.join(idle)}: take them out")
+        return self
 
     @model_validator(mode="after")
     def _weights_fit_adapters(self) -> WarmupConfig:
@@ -257,7 +222,7 @@ class WarmupConfig(_Strict):
         return self
 
 
-class ProjectionConfig(_Strict):
+class ProjectionConfig(Strict):
     """What makes a feature of a direction."""
 
     kind: Literal["sketch", "rademacher", "factored", "none", "exact"] = Field(
@@ -274,7 +239,7 @@ class ProjectionConfig(_Strict):
     )
 
 
-class GradientConfig(_Strict):
+class GradientConfig(Strict):
     """From a sample's gradient to its feature."""
 
     adam: AdamMode = Field("torch", description="torch, less_code (the released formula), v_only, or sgd.")
@@ -313,7 +278,7 @@ class GradientConfig(_Strict):
         return self
 
 
-class RayConfig(_Strict):
+class RayConfig(Strict):
     """Where the job runs."""
 
     address: str = Field(
@@ -328,8 +293,15 @@ class RayConfig(_Strict):
     cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
     stall_seconds: int = Field(3600, ge=60, description="Give up when no shard ends for so long.")
 
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"{value} GPUs: Ray shares one GPU among actors, or gives an actor whole ones")
+        return value
 
-class JobConfig(_Strict):
+
+class JobConfig(Strict):
     """The whole YAML."""
 
     workspace: str = Field(description="Folder or URI that holds everything the job makes.")
@@ -369,11 +341,6 @@ class JobConfig(_Strict):
                 raise ValueError(
                     f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
                 )
-        if self.warmup.adapters is not None and self.gradients.adam != "sgd":
-            raise ValueError(
-                f"gradients.adam: {self.gradients.adam} needs Adam moments, and adapters in warmup.adapters are "
-                "taken without any; only sgd is open"
-            )
         return self
 
     def is_exact(self, target: TargetConfig) -> bool:

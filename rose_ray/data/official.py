@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample
-from rose_ray.errors import PairError
+from rose_ray.errors import ModelError, PairError
 
 MAX_PROMPT_TOKENS = 256
 """To this many tokens the released code cuts a prompt that does not fit."""
@@ -29,8 +29,14 @@ def encode_official_pair(
 
     Raises:
         PairError: No room is left for an answer.
+        ModelError: The tokenizer has no end token.
     """
     end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError(
+            "encoding: rose_official puts the end token behind prompts and answers, and the base model's tokenizer has "
+            "none (eos_token). Give it one, or set encoding: chat."
+        )
     prompt, chosen, rejected = (
         _with_end(tokenizer(text, add_special_tokens=False)["input_ids"], end)
         for text in (pair.raw_prompt, pair.raw_chosen, pair.raw_rejected)

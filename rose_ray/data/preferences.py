@@ -15,7 +15,7 @@ from rose_ray.data.conversation import Message
 from rose_ray.data.pair_formats import PairContent, pair_content, pair_format
 from rose_ray.data.records import RejectedRecord, file_kind, file_stem, iter_records, read_text
 from rose_ray.data.strict_json import canonical_text, kind_of, parse_object
-from rose_ray.errors import ConfigError, PairError, RowError
+from rose_ray.errors import ConfigError, EmptyFileError, PairError, RowError
 from rose_ray.filesystem import Location
 
 _ID_LENGTH = 32
@@ -86,15 +86,18 @@ def read_pairs(
     Raises:
         ConfigError: Subtasks are named in more than one way, or a file has no entry in ``subtasks_by_file``.
         DataError: A file cannot be read.
-        PairError: Rows that are no pairs, pairs with equal or empty sides, ids that stand twice, a missing
-            subtask, blocks that do not divide, too few pairs. Rows or ids are listed.
+        PairError: A file without pairs, rows that are no pairs, pairs with equal or empty sides, ids that stand twice,
+            a missing subtask, blocks that do not divide, too few pairs. Rows or ids are listed.
     """
     ways: dict[str, object] = {"subtask": subtask, "subtasks_by_file": subtasks_by_file}
     ways |= {"subtask_field": subtask_field, "subtask_blocks": subtask_blocks}
     given = [name for name, way in ways.items() if way is not None]
     if len(given) > 1:
         raise ConfigError(f"target {target}: {' and '.join(given)} contradict each other. Set one of them.")
-    records = [record for location in locations for record in _file_records(location, format)]
+    records = []
+    for location in locations:
+        own = subtask if subtasks_by_file is None else _by_file(location, subtasks_by_file, target)
+        records += _filled_records(location, format, f"target {target}:" + (f" subtask {own!r} has" if own else ""))
     if subtask_blocks is not None:
         names = _blocks(records, subtask_blocks, target)
     elif subtask_field is not None:
@@ -169,6 +172,16 @@ def take_shots(pairs: Sequence[PreferencePair], shots: int | None, *, target: st
         )
     kept = {id(pair) for group in by_subtask.values() for pair in group[:shots]}
     return [pair for pair in pairs if id(pair) in kept]
+
+
+def _filled_records(location: Location, format_name: str, whose: str) -> list[_Record]:
+    try:
+        records = _file_records(location, format_name)
+    except EmptyFileError as error:
+        raise PairError(f"{whose} no pairs ({location.name}: empty file). Fill the file or take it out.") from error
+    if not records:
+        raise PairError(f"{whose} no pairs ({location.name}: no record). Fill the file or take it out.")
+    return records
 
 
 def _file_records(location: Location, format_name: str) -> list[_Record]:

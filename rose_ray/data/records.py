@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rose_ray.data.strict_json import as_object, iter_array, parse_object
-from rose_ray.errors import DataError, RowError
+from rose_ray.errors import DataError, EmptyFileError, RowError
 from rose_ray.filesystem import Location
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -85,7 +85,7 @@ def iter_records(location: Location) -> Iterator[RawRecord | RejectedRecord]:
         num_records += 1
         yield record
     if num_records == 0:
-        raise DataError(f"{location.name}: empty file, expected at least one record. Remove it or fill it.")
+        raise EmptyFileError(f"{location.name}: empty file, expected at least one record. Remove it or fill it.")
 
 
 def file_kind(location: Location) -> tuple[str, str | None]:
@@ -146,7 +146,7 @@ def read_text(location: Location) -> str:
             f"{location.name}: not UTF-8, byte {error.start} ({error.reason}). Convert the file."
         ) from error
     if not text.strip():
-        raise DataError(f"{location.name}: empty file, expected at least one record. Remove it or fill it.")
+        raise EmptyFileError(f"{location.name}: empty file, expected at least one record. Remove it or fill it.")
     return text
 
 

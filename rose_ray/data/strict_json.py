@@ -83,6 +83,26 @@ def canonical_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+def without_key(text: str, key: str) -> str:
+    """Return the text of an object without one of its keys; all else stays as it is written.
+
+    Args:
+        text: One JSON object, its keys different.
+        key: Key to leave out.
+    """
+    start = position = _skip_space(text, 0) + 1
+    while text[_skip_space(text, position)] != "}":
+        name, end = _LENIENT.raw_decode(text, _skip_space(text, position))
+        _, end = _LENIENT.raw_decode(text, _skip_space(text, _skip_space(text, end) + 1))
+        following = _skip_space(text, end)
+        last = text[following] == "}"
+        if name == key:  # with the comma behind it, or the one before it where it is the last
+            before = text[:position] if not last or position == start else text[: position - 1]
+            return before + text[end if last else following + 1 :]
+        position = following if last else following + 1
+    return text
+
+
 def kind_of(value: Any) -> str:
     """Return the JSON name of a value's type, for messages."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}

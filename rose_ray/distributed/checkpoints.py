@@ -15,22 +15,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import torch
 
-from rose_ray.config.models import JobConfig
 from rose_ray.distributed.actors import cached_tokeniser, device_of
 from rose_ray.distributed.job import Job
-from rose_ray.distributed.warmup import WarmupJob, run_warmup
-from rose_ray.errors import AlteredFileError, DataError, ModelError, NonFiniteError
-from rose_ray.filesystem import child, locate, read_bytes
-from rose_ray.model.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    adapter_digest,
-    check_adapter_config,
-    read_checkpoint,
+from rose_ray.distributed.own_adapters import (
+    adapter_files,
+    check_moments,
+    check_own_adapters,
+    describe_moments,
+    own_digest,
 )
-from rose_ray.model.layout import ParameterLayout
+from rose_ray.distributed.warmup import WarmupJob, run_warmup
+from rose_ray.errors import AlteredFileError, DataError, ModelError
+from rose_ray.filesystem import child, locate, read_bytes
+from rose_ray.model.checkpoint import adapter_digest
 from rose_ray.stages.features import tokenize_shard
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
 from rose_ray.stages.warmup import WARMUP_VERSION, warmup_rows
@@ -80,12 +78,9 @@ def _warmup_settings(job: Job) -> dict[str, Any]:
         "lora": config.lora.model_dump(mode="json"),
     }
     if config.warmup.adapters is not None:
-        folders = [locate(name) for name in config.warmup.adapters]
-        return {
-            **common,
-            "adapters": [adapter_digest(folder) for folder in folders],
-            "weights": config.warmup.adapter_weights,
-        }
+        digests = [own_digest(locate(name)) for name in config.warmup.adapters]
+        check_moments(config)
+        return {**common, "adapters": digests, "weights": config.warmup.adapter_weights}
     not_numeric = {"max_batch_tokens", "workers", "zero_stage", "adapters", "adapter_weights"}
     return {
         **common,
@@ -130,38 +125,20 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
     return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
 
 
-def check_own_adapters(config: JobConfig, layout: ParameterLayout) -> None:
-    """Refuse adapters in ``warmup.adapters`` that were not made for this model and ``lora``.
-
-    Raises:
-        StoreError: A folder holds no PEFT adapter.
-        ModelError: It is one of another model, rank, alpha or target.
-        NonFiniteError: It holds NaN or infinity.
-    """
-    for name in config.warmup.adapters or []:
-        folder, lora = locate(name), config.lora
-        check_adapter_config(folder, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
-        adapter = read_checkpoint(folder, layout).adapter
-        bad = [parameter for parameter, tensor in adapter.items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
-            raise NonFiniteError(
-                f"{name}: {len(bad)} parameters hold NaN or infinity, the first {bad[0]}. Use a sound adapter."
-            )
-
-
 def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:
     started = time.monotonic()
     config = job.config
     assert config.warmup.adapters is not None
-    check_own_adapters(config, job.identity.layout)
+    states = check_own_adapters(config, job.identity.layout)
     weights = config.warmup.adapter_weights or [1.0] * len(config.warmup.adapters)
     checkpoints, files = [], []
-    for number, (name, weight) in enumerate(zip(config.warmup.adapters, weights, strict=True), start=1):
-        for file in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+    for number, (name, weight, state) in enumerate(zip(config.warmup.adapters, weights, states, strict=True), start=1):
+        for file in adapter_files(state):
             data = read_bytes(child(locate(name), file))
             files.append(job.workspace.write(f"{folder}/checkpoint-{number}/{file}", data))
-        checkpoints.append({"name": f"checkpoint-{number}", "mean_learning_rate": weight, "from": name})
-    logger.info("warm-up: using your adapters; they come without Adam moments, so features are plain gradients (sgd)")
+        entry = {"name": f"checkpoint-{number}", "mean_learning_rate": weight, "from": name}
+        checkpoints.append({**entry, "adam_eps": state.adam_eps} if state else entry)
+        logger.info(f"warm-up: using your adapter {name}, {describe_moments(state)}")
     return _commit_warmup(job, made_from, folder, checkpoints, files, 0, 0, started)
 
 
@@ -176,11 +153,14 @@ def _commit_warmup(
     started: float,
 ) -> Manifest:
     for checkpoint in checkpoints:
-        digest = adapter_digest(job.workspace.location(f"{folder}/{checkpoint['name']}"))
-        # Adapters trained elsewhere may agree in their weights and differ in their scale.
-        own = job.config.warmup.adapters is not None
-        checkpoint["adapter"] = artefact_key({"adapter": digest, "alpha": job.config.lora.alpha}) if own else digest
-    facts = {"checkpoints": checkpoints, "adam_eps": job.config.warmup.adam_eps}
+        location = job.workspace.location(f"{folder}/{checkpoint['name']}")
+        if job.config.warmup.adapters is None:
+            checkpoint["adapter"] = adapter_digest(location)
+        else:  # trained elsewhere, they may agree in their weights and differ in their scale
+            identity = {"adapter": own_digest(location), "alpha": job.config.lora.alpha}
+            checkpoint["adapter"] = artefact_key(identity)
+    adam_eps = next((c["adam_eps"] for c in checkpoints if "adam_eps" in c), job.config.warmup.adam_eps)
+    facts = {"checkpoints": checkpoints, "adam_eps": adam_eps}
     counts = {"rows": num_rows, "trained": num_rows - num_rejected, "rejected": num_rejected}
     return commit_artefact(job.workspace, "warmup", made_from, files, counts, facts, started=started, folder=folder)
 

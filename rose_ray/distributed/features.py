@@ -20,6 +20,8 @@ from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.features import find_shard
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.runs import StageRecord
+from rose_ray.stores.versions import package_versions, utc_now
+from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +79,24 @@ def _account_features(
             f"{stage}: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
         )
     seconds = round(time.monotonic() - started, 3)
+    _write_summary(job.workspace, pool, key, {**totals, **facts, "num_bytes": num_bytes}, seconds, reused=reused)
     totals[f"cut at {job.config.model.max_tokens} tokens"] = facts["num_rows_cut"]
     if facts["num_halvings"]:
         totals["batches halved for memory"] = facts["num_halvings"]
     job.record(StageRecord(stage, key, f"features/{key}", reused, seconds, totals, num_bytes))
     padding = 1 - facts["num_tokens"] / facts["num_positions"] if facts["num_positions"] else 0.0
     logger.info(f"{stage}: {facts['num_tokens']:,} tokens a checkpoint, padding {padding:.1%} of positions")
+
+
+def _write_summary(
+    workspace: Workspace, pool: Manifest, key: str, totals: Mapping[str, int], seconds: float, *, reused: bool
+) -> None:
+    """Leave the stage's totals beside its shards, for people: the shards' receipts are what counts."""
+    path = f"features/{key}/pool-{pool.key}.json"
+    if reused and workspace.exists(path):
+        return  # what the run that computed them said, its seconds among it
+    content = {"pool": pool.key, "num_shards": len(pool.facts["shards"]), **totals, "seconds": seconds}
+    workspace.write_json(path, {**content, "versions": package_versions(), "created_at": utc_now()})
 
 
 def _compute(

@@ -9,7 +9,7 @@ import ray
 from rose_ray.distributed.job import Job
 from rose_ray.filesystem import expand
 from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file, ingest_made_from
-from rose_ray.stages.pool import settle_pool
+from rose_ray.stages.pool import say_files, settle_pool
 from rose_ray.stores.manifest import Manifest, artefact_key
 
 
@@ -32,6 +32,7 @@ def ingest(job: Job) -> Manifest:
     by_key = dict(zip(first, made, strict=True))
     manifests: list[Manifest] = [by_key[key] for key in keys]
     settled: Manifest = ray.get(job.task(settle_pool, job.workspace, manifests))
+    say_files(job.workspace, settled, [file.location.name for file in files], manifests)  # tasks log where nobody looks
     job.result.pool = settled
     job.note("ingest", settled, started, reused=settled.folder in known)
     return settled

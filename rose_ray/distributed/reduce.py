@@ -7,7 +7,7 @@ import time
 
 import ray
 
-from rose_ray.config.models import SelectionConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.tasks import score_target, select_target
 from rose_ray.stages.score import SCORE_VERSION

@@ -21,6 +21,7 @@ from rose_ray.distributed.resources import check_resources, cluster_nodes
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import RoseError
 from rose_ray.model.base import with_absolute_paths
+from rose_ray.stages.selection_check import check_selections
 from rose_ray.stores.runs import last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
@@ -69,7 +70,7 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
         return
     for key, (old, new) in changed_keys(previous["config"], config.model_dump(mode="json")).items():
         stages = recomputed_stages(key)
-        what = f"computes {', '.join(stages)} beside what exists" if stages else "changes no result"
+        what = f"computes {', '.join(stages)} beside what exists" if stages else "computes nothing again"
         logger.info(f"changed since the last run: {key}: {old!r} -> {new!r}; {what}")
 
 
@@ -77,6 +78,7 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     pool = ingest(job)
     if "warmup" not in stages:
         return
+    check_selections(job.config, pool.facts["sources"])
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     warmup = warm_up(job, pool, new_warmup)

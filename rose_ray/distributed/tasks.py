@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rose_ray.config.models import SelectionConfig, TargetConfig
+from rose_ray.config.models import TargetConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import StoreError
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
 from rose_ray.stages.score import ShardRows, check_same_space, score_rows

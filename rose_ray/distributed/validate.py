@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rose_ray.config.models import JobConfig
 from rose_ray.distributed.bank import read_target_pairs
-from rose_ray.distributed.checkpoints import check_own_adapters
+from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.describe import describe_model
@@ -32,7 +32,9 @@ def validate_job(config: JobConfig) -> Iterator[str]:
         f"base model {config.model.base}: {identity.base}, {identity.layout.num_parameters:,} adapter parameters in "
         f"{len(identity.layout.shapes)} matrices"
     )
-    check_own_adapters(config, identity.layout)
+    states = check_own_adapters(config, identity.layout)
+    for name, state in zip(config.warmup.adapters or [], states, strict=True):
+        yield f"adapter {name}: {describe_moments(state)}"
     tokeniser = load_tokeniser(config.model)
     for target in config.targets:
         pairs = read_target_pairs(target)

@@ -92,7 +92,7 @@ def chat_template(model: ModelConfig, tokenizer: Any) -> ChatTemplate:
     """Return the chat template that ``model.template`` names.
 
     Raises:
-        ModelError: The tokenizer has none, or the file cannot be read.
+        ModelError: The tokenizer has none, or no end token for ``tulu``, or the file cannot be read.
     """
     if model.template == "tokenizer":
         source = tokenizer.chat_template
@@ -102,6 +102,11 @@ def chat_template(model: ModelConfig, tokenizer: Any) -> ChatTemplate:
                 "Set it to tulu, or to a Jinja file."
             )
     elif model.template == "tulu":
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"model.template: tulu ends answers with the end token, and the tokenizer of {model.base!r} has none "
+                "(eos_token). Give it one, or set model.template to tokenizer or a Jinja file."
+            )
         source = TULU_TEMPLATE
     else:
         try:

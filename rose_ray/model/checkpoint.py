@@ -81,15 +81,36 @@ def read_checkpoint(folder: Location, layout: ParameterLayout) -> Checkpoint:
     """
     adapter = _tensors(child(folder, ADAPTER_FILE))
     layout.check(adapter, folder.name)
-    if folder.filesystem.get_file_info(child(folder, MOMENTS_FILE).path).type.name == "NotFound":
+    if not has_moments(folder):
         return Checkpoint(folder.name, adapter, None, None, None)
     moments = _tensors(child(folder, MOMENTS_FILE))
     exp_avg = {n.removeprefix(_EXP_AVG): t for n, t in moments.items() if n.startswith(_EXP_AVG)}
     exp_avg_sq = {n.removeprefix(_EXP_AVG_SQ): t for n, t in moments.items() if n.startswith(_EXP_AVG_SQ)}
     layout.check(exp_avg, f"{folder.name}/{MOMENTS_FILE} (first moments)")
     layout.check(exp_avg_sq, f"{folder.name}/{MOMENTS_FILE} (second moments)")
-    state = OptimizerState(**json.loads(read_bytes(child(folder, STATE_FILE))))
-    return Checkpoint(folder.name, adapter, exp_avg, exp_avg_sq, state)
+    return Checkpoint(folder.name, adapter, exp_avg, exp_avg_sq, read_state(folder))
+
+
+def has_moments(folder: Location) -> bool:
+    """Whether a checkpoint came with Adam's moments."""
+    return bool(folder.filesystem.get_file_info(child(folder, MOMENTS_FILE).path).is_file)
+
+
+def read_state(folder: Location) -> OptimizerState:
+    """Read the numbers that belong to a checkpoint's moments.
+
+    Raises:
+        StoreError: The file is missing or unreadable.
+    """
+    file = child(folder, STATE_FILE)
+    if not file.filesystem.get_file_info(file.path).is_file:
+        raise StoreError(f"{file.name}: no such file, but {MOMENTS_FILE} beside it needs one. Add it.")
+    try:
+        return OptimizerState(**json.loads(read_bytes(file)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(
+            f"{file.name}: not the numbers of an optimizer ({error}). Expected what a warm-up writes."
+        ) from error
 
 
 def adapter_digest(folder: Location) -> str:

@@ -7,7 +7,6 @@ memory. Shards depend on the file's bytes, its name's stem and the settings alon
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,8 +32,6 @@ INGEST_VERSION = 1
 """Raised whenever the same file would give other shards."""
 
 REJECTED_FILE = "rejected.parquet"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,6 @@ def ingest_file(workspace: Workspace, pool_file: PoolFile, settings: IngestSetti
         return known
     started = time.monotonic()
     format_name = detect_file_format(location) if pool_file.format == "auto" else pool_file.format
-    _log.info("%s: format %s", location.name, format_name)
     census = Census(settings.sample_fraction, settings.sample_seed)
     for row in _rows(pool_file, format_name):
         census.add(row)

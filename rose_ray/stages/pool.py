@@ -1,4 +1,4 @@
-"""The pool: ingested files in order, with rows that an earlier file holds passed over.
+"""The pool: ingested files in order, with rows that an earlier file holds, or whose id it has, passed over.
 
 Shards stay as their file made them. Which rows are passed over stands in an index beside them, so a file that
 comes or goes changes the index and no shard.
@@ -10,26 +10,55 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rose_ray.data.digests import Places, digest_words, first_places
 from rose_ray.errors import AccountingError, AlteredFileError, DataError
-from rose_ray.schemas import DUPLICATES
+from rose_ray.stages.pool_index import ID_CONFLICT, index_pool
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
 
-POOL_VERSION = 1
+POOL_VERSION = 2
 """Raised whenever the same files would give another index."""
 
 DUPLICATES_FILE = "duplicates.parquet"
+REJECTED_FILE = "rejected.parquet"
 ROW_COUNTS = ("rows_read", "unique", "duplicates", "rejected", "unsampled")
 """Counts of an ingested file and of a pool; the first is the sum of the others."""
 
+_NUM_EXAMPLES = 3
+
 _log = logging.getLogger(__name__)
+
+
+def say_files(workspace: Workspace, pool: Manifest, names: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Log what each file held, and warn of what a user may not have meant.
+
+    Args:
+        workspace: Where the pool is.
+        pool: What `settle_pool` returned.
+        names: Of the files as they are configured: files of the same bytes share a manifest.
+        manifests: Of the files, in the same order.
+    """
+    by_bytes: dict[str, list[str]] = {}
+    for name, manifest in zip(names, manifests, strict=True):
+        counts = ", ".join(f"{manifest.counts[count]:,} {count.replace('_', ' ')}" for count in ROW_COUNTS)
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in manifest.facts["reject_reasons"].items())
+        _log.info("%s: format %s, %s%s", name, manifest.facts["format"], counts, f" ({reasons})" if reasons else "")
+        by_bytes.setdefault(manifest.made_from["file_sha256"], []).append(name)
+    for same in by_bytes.values():
+        if len(same) > 1:
+            _log.warning("these input files hold the same bytes, one of them counts: %s", ", ".join(same))
+    if pool.facts["num_id_conflicts"]:
+        record = pool.file(REJECTED_FILE)
+        first = workspace.read_table(record.path, record).slice(0, _NUM_EXAMPLES).to_pylist()
+        _log.warning(
+            "%s rows are rejected, since an earlier file has their source and id with other content: %s; all in %s",
+            f"{pool.facts['num_id_conflicts']:,}",
+            "; ".join(f"{row['file']} row {row['place']}: {row['detail']}" for row in first),
+            record.path,
+        )
 
 
 def check_row_counts(counts: Mapping[str, int], what: str) -> None:
@@ -45,11 +74,12 @@ def check_row_counts(counts: Mapping[str, int], what: str) -> None:
 
 
 def settle_pool(workspace: Workspace, manifests: Sequence[Manifest]) -> Manifest:
-    """Join ingested files to a pool. Of equal rows in several files the first file's counts.
+    """Join ingested files to a pool. Of equal rows in several files the first file's counts, and so of rows of one
+    source that share an id and differ in content.
 
-    Counts: `ROW_COUNTS` over all files, ``duplicates`` within and across files. Facts: ``shards`` in order,
-    each with ``shard``, ``path``, ``num_rows``, ``num_skipped`` and the file ``record``; ``sources`` (unique
-    rows of each); ``reject_reasons``; ``files``. Memory: some 75 bytes a row.
+    Counts: `ROW_COUNTS` over all files, ``duplicates`` and ``rejected`` within and across files. Facts: ``shards`` in
+    order, each with ``shard``, ``path``, ``num_rows``, ``num_skipped`` and the file ``record``; ``sources`` (unique
+    rows of each); ``reject_reasons``; ``num_id_conflicts`` across files; ``files``. Memory: some 120 bytes a row.
 
     Args:
         workspace: Where the files were ingested.
@@ -66,70 +96,36 @@ def settle_pool(workspace: Workspace, manifests: Sequence[Manifest]) -> Manifest
     started = time.monotonic()
     distinct = list({manifest.key: manifest for manifest in manifests}.values())
     entries = [entry for manifest in distinct for entry in manifest.facts["shards"]]
-    index = _settle(workspace, entries)
+    index = index_pool(workspace, entries)
     shards = [
         {**entry, "num_skipped": num_skipped} for entry, num_skipped in zip(entries, index.num_skipped, strict=True)
     ]
     counts = {name: sum(manifest.counts[name] for manifest in manifests) for name in ROW_COUNTS}
-    moved = counts["unique"] - sum(index.sources.values())
+    moved, clashing = counts["unique"] - sum(index.sources.values()), index.rejected.num_rows
     counts["unique"] -= moved
-    counts["duplicates"] += moved
+    counts["rejected"] += clashing
+    counts["duplicates"] += moved - clashing
     check_row_counts(counts, "pool")
-    reasons: Counter[str] = Counter()
+    reasons: Counter[str] = Counter({ID_CONFLICT: clashing} if clashing else {})
     for manifest in manifests:
         reasons.update(manifest.facts["reject_reasons"])
     if counts["unique"] == 0:
         raise DataError(_why_empty(manifests, counts, reasons))
-    _warn_of_repeats(manifests)
-    record = workspace.write_table(f"pool/{artefact_key(made_from)}/{DUPLICATES_FILE}", index.duplicates)
+    folder = f"pool/{artefact_key(made_from)}"
+    records = [
+        workspace.write_table(f"{folder}/{DUPLICATES_FILE}", index.passed_over),
+        workspace.write_table(f"{folder}/{REJECTED_FILE}", index.rejected),
+    ]
     facts = {
         "shards": shards,
         "sources": dict(sorted(index.sources.items())),
         "reject_reasons": dict(sorted(reasons.items())),
+        "num_id_conflicts": clashing,
         "files": [
             {"file": m.facts["file"], "ingest_key": m.key, "format": m.facts["format"], **m.counts} for m in manifests
         ],
     }
-    return commit_artefact(workspace, "pool", made_from, [record], counts, facts, started=started)
-
-
-class _Index:
-    """Which rows are passed over, and what is left."""
-
-    def __init__(self, duplicates: pa.Table, num_skipped: list[int], sources: Counter[str]) -> None:
-        self.duplicates = duplicates
-        self.num_skipped = num_skipped
-        self.sources = sources
-
-
-def _settle(workspace: Workspace, entries: Sequence[Mapping[str, Any]]) -> _Index:
-    words, columns = [], []
-    for entry in entries:
-        table = workspace.read_table(entry["path"], FileRecord(**entry["record"]), columns=["row_id", "source"])
-        words.append(digest_words(bytes.fromhex(row_id) for row_id in table["row_id"].to_pylist()))
-        columns.append(table["source"])
-    words_N2 = np.concatenate(words) if words else digest_words([])
-    first_N = first_places(words_N2)
-    skipped_N: Places = np.flatnonzero(first_N != np.arange(len(first_N)))
-    ends = np.cumsum([len(part) for part in words])
-    shard_of_N = np.searchsorted(ends, skipped_N, side="right")
-    owner_of_N = np.searchsorted(ends, first_N[skipped_N], side="right")
-    names = [entry["shard"] for entry in entries]
-    duplicates = pa.Table.from_arrays(
-        [
-            pa.array([words_N2[place].astype(">u8").tobytes().hex() for place in skipped_N], pa.string()),
-            pa.array([names[shard] for shard in shard_of_N], pa.string()),
-            pa.array([names[shard] for shard in owner_of_N], pa.string()),
-        ],
-        schema=DUPLICATES,
-    )
-    kept_N = np.ones(len(first_N), dtype=bool)
-    kept_N[skipped_N] = False
-    sources: Counter[str] = Counter()
-    for column, end in zip(columns, ends, strict=True):
-        kept = column.filter(pa.array(kept_N[end - len(column) : end]))
-        sources.update({tally["values"]: tally["counts"] for tally in kept.value_counts().to_pylist()})
-    return _Index(duplicates, np.bincount(shard_of_N, minlength=len(entries)).tolist(), sources)
+    return commit_artefact(workspace, "pool", made_from, records, counts, facts, started=started)
 
 
 def skipped_rows(workspace: Workspace, pool: Manifest) -> dict[str, list[str]]:
@@ -202,12 +198,3 @@ def _why_empty(manifests: Sequence[Manifest], counts: Mapping[str, int], reasons
         f"sample, {counts['rejected']} rejected ({rejected}). Look at rejected.parquet, `format` and "
         "`sample_fraction`."
     )
-
-
-def _warn_of_repeats(manifests: Sequence[Manifest]) -> None:
-    files: dict[str, list[str]] = {}
-    for manifest in manifests:
-        files.setdefault(manifest.key, []).append(manifest.facts["file"])
-    for names in files.values():
-        if len(names) > 1:
-            _log.warning("these input files hold the same bytes, one of them counts: %s", ", ".join(names))

@@ -16,7 +16,7 @@ from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
 from rose_ray.stores.manifest import Manifest, read_manifest
-from rose_ray.stores.runs import StageRecord, last_run
+from rose_ray.stores.runs import StageRecord, last_run, last_stage
 from rose_ray.stores.workspace import Workspace
 
 
@@ -91,15 +91,14 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         row_id: As in the score table, or its first characters.
 
     Raises:
-        StoreError: The last run made no score table of a target, or one of another objective.
+        StoreError: No run made a score table of a target, or the newest is one of another objective.
         DataError: No scored row, or several, begin like this.
     """
-    run = last_run(workspace)
-    stages = {stage["stage"]: stage for stage in (run or {"stages": []})["stages"]}
     for target in config.targets:
-        if f"score {target.name}" not in stages:
-            raise StoreError(f"the last run made no scores for {target.name}. Run `rose-ray run` first.")
-        scores = read_manifest(workspace, stages[f"score {target.name}"]["folder"])
+        stage = last_stage(workspace, f"score {target.name}")
+        if stage is None:
+            raise StoreError(f"no run made scores for {target.name}. Run `rose-ray run` first.")
+        scores = read_manifest(workspace, stage["folder"])
         _check_same_scores(target, scores)
         row = _find_row(workspace, scores, row_id)
         yield f"target {target.name}: row {row['row_id']} of source {row['source']}, {row['num_tokens']} tokens"

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.config.models import SelectionConfig
-from rose_ray.errors import AccountingError, ConfigError
+from rose_ray.config.selection import SelectionConfig
+from rose_ray.data.strict_json import without_key
+from rose_ray.errors import AccountingError
 from rose_ray.kernels.correlation import spearman
 from rose_ray.kernels.selection import Budget, SourceRules, budget_count, round_robin, top_k
 from rose_ray.schemas import SELECTED
@@ -136,16 +137,13 @@ def selected_rows(candidates: Candidates, positions: np.ndarray, records: Mappin
 def training_jsonl(selected: pa.Table) -> bytes:
     """Return the selection as JSON lines: each record's own text, with ``rose_ray`` added as its last key.
 
-    Raises:
-        ConfigError: A record has a key of that name already.
+    A key of that name that a record has already, for instance from an earlier selection, gives way.
     """
     lines = []
     columns = (selected[name].to_pylist() for name in ("record", "row_id", "score", "place", "source"))
     for record, row_id, score, place, source in zip(*columns, strict=True):
-        if RECORD_KEY in json.loads(record):
-            raise ConfigError(f"row {row_id}: its record has a key {RECORD_KEY!r} already. Rename it in the pool.")
         added = {"row_id": row_id, "score": score, "place": place, "source": source}
-        body = _one_line(record).rstrip()
+        body = _one_line(without_key(record, RECORD_KEY)).rstrip()
         comma = "" if body[1:-1].strip() == "" else ", "
         lines.append(f"{body[:-1]}{comma}{json.dumps(RECORD_KEY)}: {json.dumps(added, ensure_ascii=False)}}}\n")
     return "".join(lines).encode()

@@ -62,5 +62,15 @@ def last_run(workspace: Workspace) -> dict[str, Any] | None:
     return content
 
 
+def last_stage(workspace: Workspace, stage: str) -> dict[str, Any] | None:
+    """Return a stage's record (see `StageRecord`) in the newest run that got as far, or None where none did."""
+    for path in reversed(_paths(workspace)):
+        for record in reversed(workspace.read_json(path)["stages"]):
+            if record["stage"] == stage:
+                found: dict[str, Any] = record
+                return found
+    return None
+
+
 def _paths(workspace: Workspace) -> list[str]:
     return [path for path in workspace.list_folder(_FOLDER) if path.endswith(".json")]

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from rose_ray.cli import app
 from rose_ray.distributed.run import run_job
 from rose_ray.distributed.validate import validate_job
-from rose_ray.errors import ConfigError, DataError, ModelError, NonFiniteError, StoreError
-from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from rose_ray.errors import DataError, ModelError, NonFiniteError, StoreError
+from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MOMENTS_FILE, STATE_FILE
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.reading import made_stages, manifests, read_file
-from tests.distributed.tiny import NUM_UNIQUE, overlong_row, tiny_content, tiny_job
+from tests.distributed.tiny import NUM_EPOCHS, NUM_UNIQUE, overlong_row, tiny_content, tiny_job
 from tests.tiny import byte_level_tokenizer, save_base, tiny_config, write_jsonl
 
 UNLUCKY = "東"
@@ -57,7 +57,7 @@ def broken_base(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(adapters: list[str], *more: str) -> list[str]:
-    return [f"warmup.adapters={adapters}", "gradients.adam=sgd", *more]
+    return [f"warmup={{adapters: {adapters}}}", "gradients.adam=sgd", *more]
 
 
 @pytest.mark.ray
@@ -103,7 +103,7 @@ def test_warmup_on_nan_ends_with_one_message(finished: FinishedJob, copied: Path
 @pytest.mark.ray
 def test_a_pool_without_one_usable_row(finished: FinishedJob, tmp_path: Path, ray_cluster: None) -> None:
     write_jsonl(tmp_path / "long.jsonl", [overlong_row()])
-    changes = [f"pool.inputs.0.files=['{tmp_path}/long.jsonl']", "warmup.fraction=1.0"]
+    changes = [f"pool.inputs.0.files=['{tmp_path}/long.jsonl']", "targets.0.selection={}", "warmup.fraction=1.0"]
     with pytest.raises(DataError, match=r"none of its 1 rows makes a sample.*prompt_too_long"):
         run_job(tiny_job(finished.inputs, tmp_path / "workspace", changes))
 
@@ -125,12 +125,46 @@ def test_adapters_that_differ_in_scale_alone_are_two(
 
 
 @pytest.mark.ray
+def test_adapters_that_bring_their_moments_give_the_features_of_the_warmup_they_come_from(
+    finished: FinishedJob, copied: Path
+) -> None:
+    folders = [_whole(finished, number) for number in range(NUM_EPOCHS)]
+    rates = [json.loads((Path(folder) / STATE_FILE).read_text())["mean_learning_rate"] for folder in folders]
+    changes = own(folders, f"warmup.adapter_weights={rates}", "gradients.adam=torch")
+    config = tiny_job(finished.inputs, copied, changes)
+    assert f"adapter {folders[0]}: with Adam's moments after" in "\n".join(validate_job(config))
+    result = run_job(config)
+    assert {"warmup", "features"} <= set(made_stages(result.stages))
+    for target, scores in result.scores.items():
+        own_table = read_file(copied, scores, "scores.parquet")
+        assert own_table.equals(read_file(finished.workspace, finished.result.scores[target], "scores.parquet"))
+    assert result.warmup is not None
+    names = {Path(record.path).name for record in result.warmup.files}
+    assert names == {ADAPTER_FILE, ADAPTER_CONFIG_FILE, MOMENTS_FILE, STATE_FILE}
+
+
+@pytest.mark.ray
 class TestRefusedAdapters:
     """Said by ``validate``, and by ``run`` before anything is computed."""
 
-    def test_without_moments_only_sgd_is_open(self, finished: FinishedJob, adapters: list[str]) -> None:
-        with pytest.raises(ConfigError, match=r"torch needs Adam moments.*only sgd is open"):
-            tiny_job(finished.inputs, "unused", [f"warmup.adapters={adapters}"])
+    @pytest.mark.parametrize("mode", ["torch", "less_code", "v_only"])
+    def test_without_moments_only_sgd_is_open(
+        self, finished: FinishedJob, adapters: list[str], tmp_path: Path, mode: str
+    ) -> None:
+        mixed = [_whole(finished, 0), adapters[1]]
+        config = tiny_job(finished.inputs, tmp_path / "workspace", own(mixed, f"gradients.adam={mode}"))
+        message = rf"^{adapters[1]}: no moments\.safetensors, but gradients\.adam: {mode} needs"
+        with pytest.raises(ModelError, match=message):
+            list(validate_job(config))
+        with pytest.raises(ModelError, match=message):
+            run_job(config, stages=("ingest", "warmup"))
+
+    def test_moments_without_their_numbers(self, finished: FinishedJob, tmp_path: Path) -> None:
+        folder = shutil.copytree(_whole(finished, 0), tmp_path / "adapter")
+        (folder / STATE_FILE).unlink()
+        config = tiny_job(finished.inputs, tmp_path / "workspace", own([str(folder)]))
+        with pytest.raises(StoreError, match=r"adapter/optimizer_state\.json: no such file, but moments"):
+            list(validate_job(config))
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -165,6 +199,13 @@ class TestRefusedAdapters:
         config = tiny_job(finished.inputs, tmp_path / "workspace", own([str(tmp_path)]))
         with pytest.raises(StoreError, match=r"adapter_config\.json: no such file"):
             list(validate_job(config))
+
+
+def _whole(finished: FinishedJob, number: int) -> str:
+    """A checkpoint of the finished job, moments included."""
+    warmup = finished.result.warmup
+    assert warmup is not None
+    return str(finished.workspace / warmup.folder / warmup.facts["checkpoints"][number]["name"])
 
 
 def _spoilt(source: Path, folder: Path) -> str:

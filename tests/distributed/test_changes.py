@@ -59,7 +59,7 @@ def test_what_changes_no_result_computes_nothing(
     overrides = ["gradients.max_batch_tokens=300", "warmup.workers=2", "ray.actors=2", "model.loader=plain"]
     result, added = run_changed(finished, copied, overrides)
     assert not made_stages(result.stages) and not added
-    said = [message for message in caplog.messages if message.endswith("changes no result")]
+    said = [message for message in caplog.messages if message.endswith("computes nothing again")]
     assert len(said) == len(overrides)
 
 

@@ -106,6 +106,13 @@ def test_explained_influences_add_up_to_the_scores(config_file: Path, finished: 
     assert max(subtasks.values()) == pytest.approx(row["score"], abs=PRINTED)
 
 
+def test_explain_works_after_a_run_of_one_stage(config_file: Path, finished: FinishedJob) -> None:
+    row_id = read_file(finished.workspace, finished.result.scores["alpha"], "scores.parquet")["row_id"][0].as_py()
+    before = rose_ray("explain", str(config_file), row_id)
+    rose_ray("ingest", str(config_file))
+    assert rose_ray("explain", str(config_file), row_id) == before
+
+
 def test_explain_refuses_another_objective_than_was_run(config_file: Path) -> None:
     result = CliRunner().invoke(app, ["explain", str(config_file), "", "--set", "targets.0.objective=less"])
     message = "target alpha: the last run scored with objective rose, the configuration says less."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from rose_ray.errors import AlteredFileError, SpaceMismatchError
 from rose_ray.stores.workspace import FORMAT_VERSION
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.reading import digests, made_stages, opened
-from tests.distributed.tiny import NUM_SHARDS, tiny_content, tiny_job
+from tests.distributed.tiny import NUM_SHARDS, third_target, tiny_content, tiny_job
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +61,8 @@ def test_an_altered_file_is_found_when_it_is_read(
 def test_an_altered_checkpoint_is_found_by_the_actors(finished: FinishedJob, copied: Path) -> None:
     warmup = finished.result.warmup
     assert warmup is not None
-    spec = Job(opened(copied), finished.config.model_copy(update={"workspace": str(copied)})).spec(warmup, 100)
+    job = Job(opened(copied), finished.config.model_copy(update={"workspace": str(copied)}))
+    spec = job.spec(warmup, max_batch_tokens=512)
     assert [checkpoint.name for checkpoint in spec.read_checkpoints()]
     for name in ("adapter_model.safetensors", "moments.safetensors", "optimizer_state.json"):
         altered = flip(copied / warmup.folder / "checkpoint-2" / name)
@@ -108,8 +110,39 @@ def test_bank_and_features_of_different_spaces_are_refused(finished: FinishedJob
     scores = result.scores["alpha"]
     features = scores.facts["features"]
     other = {**features, "space": {**features["space"], "projection": "rademacher/v1/dim=64/seed=1"}}
-    with pytest.raises(SpaceMismatchError, match=r"projection: features 'rademacher.* bank 'deflated"):
+    with pytest.raises(
+        SpaceMismatchError, match=r"different spaces:\s+projection: features 'rademacher.* bank '.*sketch"
+    ):
         score_target(opened(copied), result.pool, other, result.banks["alpha"], target, scores.made_from, scores.folder)
+
+
+def test_a_full_disk_under_the_driver(
+    finished: FinishedJob, copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = tiny_content(finished.inputs, copied)
+    content["targets"].append(third_target(finished.inputs))
+    config = copied.parent / "job.yaml"
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    before = set(copied.rglob("*"))
+
+    def no_space(descriptor: int) -> None:  # the kernel may say so no earlier than here
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_space)
+        result = CliRunner().invoke(app, ["bank", str(config)])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert re.fullmatch(
+        rf"error: {copied}/bank/\w+/checkpoint-1\.parquet: No space left on device. What was finished is kept; .*\n",
+        result.stderr,
+    )
+    (said,) = (message for message in caplog.messages if "record of this run" in message)
+    assert re.search(r"cannot be written: .*No space left on device: '.*/runs/run-00002\.json'", said)
+    assert not [path for path in set(copied.rglob("*")) - before if path.is_file()]
+
+    result = CliRunner().invoke(app, ["bank", str(config)])
+    assert result.exit_code == 0
+    assert [line.split()[1] for line in result.stdout.splitlines() if " made " in line] == ["gamma"]
 
 
 @pytest.fixture

@@ -97,7 +97,8 @@ def test_only_new_and_damaged_shards_are_computed(finished: FinishedJob, grown: 
     assert {path.split("/")[-1] for path in changed} == {"manifest.json"}
     assert grown.result.pool is not None
     new = grown.result.pool.facts["shards"][0]["shard"]
-    assert {path.split("/")[2] for path in set(after) - set(before)} == {new}
+    summary = f"pool-{grown.result.pool.key}.json"
+    assert {path.split("/")[2] for path in set(after) - set(before)} == {new, summary}
     path = f"ingest/{grown.damaged[1].split('-')[0]}/shard-00000.parquet"
     shards = [opened(workspace).read_table(path) for workspace in (grown.workspace, finished.workspace)]
     renewed, original = (shard.drop_columns("file") for shard in shards)  # which is where the test put it

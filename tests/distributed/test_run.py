@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from rose_ray.distributed.run import STAGES, run_job
+from rose_ray.errors import ConfigError
 from rose_ray.schemas import scores_schema
 from rose_ray.stages.pool import ROW_COUNTS, pool_row_ids
 from tests.distributed import tiny
@@ -54,6 +56,31 @@ def test_counts_of_every_file(finished: FinishedJob) -> None:
     assert len(files) == 2 and sorted(reasons) == sorted(tiny.MALFORMED)
 
 
+def test_the_driver_says_what_every_file_held(
+    finished: FinishedJob, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(finished.inputs / "n.jsonl", copied.parent / "again.jsonl")
+    files = [*(f"{finished.inputs}/{name}.jsonl" for name in "mn"), f"{copied.parent}/again.jsonl"]
+    caplog.set_level("INFO")
+    run_job(tiny.tiny_job(finished.inputs, copied, [f"pool.inputs.0.files={files}"]), stages=("ingest",))
+    said = [record.getMessage() for record in caplog.records]
+    reasons = ", ".join(f"{reason} 1" for reason in sorted(tiny.MALFORMED))
+    assert (
+        f"{files[0]}: format messages, {tiny.NUM_FIRST + tiny.NUM_REPEATED + len(tiny.MALFORMED)} rows read, "
+        f"{tiny.NUM_FIRST} unique, {tiny.NUM_REPEATED} duplicates, {len(tiny.MALFORMED)} rejected, 0 unsampled "
+        f"({reasons})"
+    ) in said
+    assert f"these input files hold the same bytes, one of them counts: {files[1]}, {files[2]}" in said
+
+
+def test_a_selection_that_the_pool_cannot_give_ends_the_run_after_ingest(finished: FinishedJob, copied: Path) -> None:
+    before = digests(copied)
+    config = tiny.tiny_job(finished.inputs, copied, ["targets.1.selection={count: 100}", "warmup.seed=1"])
+    with pytest.raises(ConfigError, match=r"targets\.1\.selection \(beta\)\.count: 100 rows asked for"):
+        run_job(config)
+    assert digests(copied) == before
+
+
 def test_counts_of_warmup_and_features(finished: FinishedJob) -> None:
     warmup = finished.result.warmup
     assert warmup is not None
@@ -68,6 +95,20 @@ def test_counts_of_warmup_and_features(finished: FinishedJob) -> None:
         assert shard.counts["rows"] == shard.counts["scored"] + shard.counts["rejected"]
         assert rejected.num_rows == shard.counts["rejected"]
     assert sum(shard.counts["rows"] for shard in shards) == tiny.NUM_UNIQUE
+
+
+def test_the_totals_of_the_features_stand_beside_the_shards(finished: FinishedJob) -> None:
+    pool = finished.result.pool
+    assert pool is not None
+    (stage,) = (stage for stage in finished.result.stages if stage.stage == "features")
+    summary = opened(finished.workspace).read_json(f"{stage.folder}/pool-{pool.key}.json")
+    shards = list(manifests(finished.workspace, "features"))
+    for name in ("rows", "scored", "rejected"):
+        assert summary[name] == stage.counts[name] == sum(shard.counts[name] for shard in shards)
+    assert summary["num_tokens"] == sum(shard.facts["num_tokens"] for shard in shards)
+    assert summary["num_bytes"] == stage.num_bytes == sum(shard.num_bytes for shard in shards)
+    assert (summary["num_shards"], summary["seconds"]) == (len(shards), stage.seconds)
+    assert {"rose_ray", "torch", "ray"} <= set(summary["versions"])
 
 
 @pytest.mark.parametrize("target", ["alpha", "beta"])

@@ -147,7 +147,12 @@ PAIR_FILES: dict[str, tuple[bytes, list[str], str]] = {
     "a subtask with no pairs": (
         b"",
         ["targets.0.pairs=[{files: [INPUTS/pairs.jsonl], subtask: a}, {files: [HERE/pairs.jsonl], subtask: b}]"],
-        "pairs.jsonl: empty file, expected at least one record",
+        "target alpha: subtask 'b' has no pairs (HERE/pairs.jsonl: empty file). Fill the file or take it out.",
+    ),
+    "an object without pairs": (
+        b"{}",
+        ["targets.0.pairs=[{files: [INPUTS/pairs.jsonl, HERE/pairs.json]}]"],
+        "target alpha: no pairs (HERE/pairs.json: no record).",
     ),
     "more shots than pairs": (
         lines(pair(), pair(id="two", chosen="A pear.")),
@@ -173,9 +178,10 @@ def test_pool_file(inputs: Path, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", PAIR_FILES)
 def test_pair_file(inputs: Path, tmp_path: Path, name: str) -> None:
     content, overrides, message = PAIR_FILES[name]
-    (tmp_path / "pairs.jsonl").write_bytes(content)
+    for file in ("pairs.jsonl", "pairs.json"):
+        (tmp_path / file).write_bytes(content)
     overrides = [override.replace("INPUTS", str(inputs)) for override in overrides]
-    assert message in message_of("validate", inputs, tmp_path, overrides)
+    assert message.replace("HERE", str(tmp_path)) in message_of("validate", inputs, tmp_path, overrides)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def test_checkpoint_of_another_model(inputs: Path, tmp_path: Path) -> None:
     base.model.layers = base.model.layers[:1]
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     get_peft_model(base, settings).save_pretrained(str(tmp_path / "adapter"))
-    overrides = ["warmup.adapters=['HERE/adapter']", "gradients.adam=sgd"]
+    overrides = ["warmup={adapters: ['HERE/adapter']}", "gradients.adam=sgd"]
     message = message_of("validate", inputs, tmp_path, overrides)
     assert "adapter is not an adapter of this model: 4 parameters missing" in message
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from rose_ray.cli import app
 from rose_ray.config import JobConfig, load_config, parse_config
 from rose_ray.config.commented import commented_yaml
-from rose_ray.config.models import JointSelectionConfig, TrainingSetConfig
+from rose_ray.config.selection import JointSelectionConfig, TrainingSetConfig
 from tests.unit.config.test_models import MODELS
 
 

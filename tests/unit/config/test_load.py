@@ -102,8 +102,12 @@ def test_a_wrong_type_or_value_is_named(override: str, message: str) -> None:
         (["targets.1.name=t"], "names must differ, found ['t'] more than once"),
         (["targets.1.name=training_set"], "the name training_set is taken"),
         (["training_set.targets=[t, v]"], "training_set.targets: ['v'] are not among the targets ['t', 'u']"),
-        (["warmup.adapters=[a]"], "gradients.adam: torch needs Adam moments"),
-        (["warmup.adapters=[a]", "gradients.adam=v_only"], "gradients.adam: v_only needs Adam moments"),
+        (
+            ["warmup={adapters: [a], epochs: 2, batch_size: 8, seed: 0}"],
+            "adapters are used as they are, which leaves no use for epochs, batch_size: take them out",
+        ),
+        (["targets.0.official_cut=keep_end"], "official_cut: keep_end has no meaning with encoding: chat"),
+        (["ray.gpus_per_actor=1.5"], "ray.gpus_per_actor: 1.5 GPUs: Ray shares one GPU among actors"),
         (["warmup.adapter_weights=[1, 2]"], "adapter_weights has 2 entries for 0 adapters"),
         (
             ["warmup.adapters=[a]", "gradients.adam=sgd", "warmup.adapter_weights=[0]"],

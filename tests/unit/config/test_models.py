@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from rose_ray.cli import app
 from rose_ray.config import JobConfig
-from rose_ray.config.models import SelectionConfig, TrainingSetConfig
+from rose_ray.config.selection import SelectionConfig, TrainingSetConfig
 
 
 def models(kind: Any) -> Iterator[type[BaseModel]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rose_ray.config.models import JobConfig, ModelConfig, PairInput, TargetConf
 from rose_ray.data.conversation import Conversation, Message
 from rose_ray.data.official import MAX_PROMPT_TOKENS, encode_official_pair
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.errors import PairError
+from rose_ray.errors import ModelError, PairError
 from rose_ray.kernels.adam import AdamState, adam_direction
 from rose_ray.kernels.projection import make_projection
 from rose_ray.model.base import load_tokeniser
@@ -50,6 +51,13 @@ def _config(**settings: Any) -> JobConfig:
 def test_the_raw_transcript_is_the_prompt(tokenizer: Any) -> None:
     chosen, _ = encode_official_pair(_pair(), tokenizer, max_tokens=2048, cut="keep_start")
     assert tokenizer.decode(chosen.input_ids) == "\n\nHuman: water?\n\nAssistant:<|end|> stone<|end|>"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer: Any) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ModelError, match=r"rose_official puts the end token .* has none \(eos_token\)"):
+        encode_official_pair(_pair(), endless, max_tokens=2048, cut="keep_start")
 
 
 def test_the_end_token_follows_the_prompt_too(tokenizer: Any) -> None:

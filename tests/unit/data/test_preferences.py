@@ -48,6 +48,17 @@ def test_subtasks_by_file(tmp_path):
         read_pairs(files, target="t", subtasks_by_file={"a": "helpful"})
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.json", "{}"), ("a.json", "[]")])
+def test_a_file_without_pairs_beside_a_full_one(tmp_path, name, content):
+    files = [_file(tmp_path, [_row(1)]), _file(tmp_path, content, name)]
+    with pytest.raises(PairError, match=rf"^target t: no pairs \(.*{name}: "):
+        read_pairs(files, target="t")
+    with pytest.raises(PairError, match=rf"^target t: subtask 'b' has no pairs \(.*{name}: "):
+        read_pairs(files, target="t", subtask="b")
+    with pytest.raises(PairError, match=rf"^target t: subtask 'c' has no pairs \(.*{name}: "):
+        read_pairs(files, target="t", subtasks_by_file={"pairs": "b", "a": "c"})
+
+
 def test_subtask_field(tmp_path):
     rows = [_row(1, topic="x"), _row(2, topic="y"), _row(3, topic="x")]
     pairs = read_pairs([_file(tmp_path, rows)], target="t", subtask_field="topic")
@@ -95,13 +106,9 @@ def test_shots_are_the_first_of_each_subtask(tmp_path):
 
 def test_a_subtask_without_pairs(tmp_path):
     with pytest.raises(PairError, match="target t: no preference pairs"):
-        read_pairs([_file(tmp_path, "{}", "p.json")], target="t")
-    with pytest.raises(PairError, match="target t: no preference pairs"):
         read_pairs([], target="t", subtask="x")
-    with pytest.raises(DataError, match="empty file"):
-        read_pairs([_file(tmp_path, "")], target="t", subtask="x")
-    with pytest.raises(PairError, match=r"0 pairs .* do not divide into 2"):
-        read_pairs([_file(tmp_path, "{}", "p.json")], target="t", subtask_blocks=2)
+    with pytest.raises(PairError, match=r"1 pairs .* do not divide into 2"):
+        read_pairs([_file(tmp_path, [_row(1)])], target="t", subtask_blocks=2)
 
 
 def test_equal_and_empty_sides_are_listed_by_id(tmp_path):

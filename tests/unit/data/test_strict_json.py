@@ -2,7 +2,7 @@
 
 import pytest
 
-from rose_ray.data.strict_json import canonical_text, iter_array, parse_json, parse_object
+from rose_ray.data.strict_json import canonical_text, iter_array, parse_json, parse_object, without_key
 from rose_ray.errors import RowError
 
 
@@ -79,3 +79,19 @@ def test_no_array():
 
 def test_canonical_text():
     assert canonical_text({"b": [1, "é"], "a": None}) == '{"a":null,"b":[1,"é"]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('{"k": 1}', "{}"),
+        ('{ "k" : {"k": "}"} , "a": 1.10}', '{ "a": 1.10}'),
+        ('{"a": "\\u00e9", "k": [1, 2], "b": 1e3}', '{"a": "\\u00e9", "b": 1e3}'),
+        ('{"a": 1, "\\u006b": null}\n', '{"a": 1}\n'),
+        (' {"a": {"k": 1}, "kk": "k"} ', ' {"a": {"k": 1}, "kk": "k"} '),
+        ("{ }", "{ }"),
+    ],
+)
+def test_a_key_is_taken_out_and_all_else_stays(text, left):
+    assert without_key(text, "k") == left
+    assert parse_object(without_key(text, "k")) == {k: v for k, v in parse_object(text).items() if k != "k"}

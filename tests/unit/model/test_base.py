@@ -115,6 +115,14 @@ def test_templates_that_are_not_there_are_refused(copied: Path) -> None:
         chat_template(_config(copied, template="no.jinja"), tokenizer)
 
 
+def test_tulu_needs_an_end_token(copied: Path) -> None:
+    tokenizer = load_tokenizer(_config(copied))
+    tokenizer.eos_token = None
+    assert chat_template(_config(copied), tokenizer).eos_token == ""
+    with pytest.raises(ModelError, match=r"model.template: tulu ends answers with the end token, .*base' has none"):
+        chat_template(_config(copied, template="tulu"), tokenizer)
+
+
 def test_the_tokeniser_has_the_configured_limit_and_tail(base_folder: str) -> None:
     tokeniser = load_tokeniser(_config(base_folder, max_tokens=99, loss_on_turn_tail=True))
     assert tokeniser.max_tokens == 99 and tokeniser.template.loss_on_turn_tail

@@ -98,6 +98,16 @@ def test_the_digest_stands_for_weights_and_moments(tmp_path: Path) -> None:
     assert adapter_digest(locate(str(first))) == digests[0]
 
 
+def test_moments_need_the_numbers_of_their_optimizer(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "c")
+    (folder / STATE_FILE).write_text('{"num_updates": 3}')
+    with pytest.raises(StoreError, match=r"optimizer_state\.json: not the numbers of an optimizer"):
+        read_checkpoint(locate(str(folder)), LAYOUT)
+    (folder / STATE_FILE).unlink()
+    with pytest.raises(StoreError, match=r"optimizer_state\.json: no such file, but moments\.safetensors beside it"):
+        read_checkpoint(locate(str(folder)), LAYOUT)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

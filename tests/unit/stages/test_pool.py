@@ -8,9 +8,9 @@ import pytest
 from rose_ray.data.conversation import Conversation, Message, row_id
 from rose_ray.errors import AccountingError, AlteredFileError, DataError
 from rose_ray.filesystem import locate
-from rose_ray.schemas import DUPLICATES, SHARD
+from rose_ray.schemas import DUPLICATES, REJECTED, SHARD
 from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
-from rose_ray.stages.pool import check_row_counts, pool_row_ids, read_pool_shard, settle_pool, skipped_rows
+from rose_ray.stages.pool import check_row_counts, pool_row_ids, read_pool_shard, say_files, settle_pool, skipped_rows
 from rose_ray.stores.workspace import Workspace
 
 SMALL = IngestSettings(shard_rows=3)
@@ -102,10 +102,53 @@ def test_the_same_file_under_two_names(tmp_path, workspace, caplog):
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         folder.mkdir()
-    pool = _pool(workspace, *(_file(folder, [_row(i) for i in range(4)]) for folder in folders))
+    files = [_file(folder, [_row(i) for i in range(4)]) for folder in folders]
+    manifests = [ingest_file(workspace, file, SMALL) for file in files]
+    pool = settle_pool(workspace, manifests)
     assert pool.counts == {"rows_read": 8, "unique": 4, "duplicates": 4, "rejected": 0, "unsampled": 0}
     assert len(pool.facts["shards"]) == 2 and len(pool_row_ids(workspace, pool)) == 4
-    assert "hold the same bytes" in caplog.text
+    caplog.set_level("INFO")
+    say_files(workspace, pool, [file.location.name for file in files], manifests)
+    first, second, repeats = (record.getMessage() for record in caplog.records)
+    said = "format prompt_completion, 4 rows read, 4 unique, 0 duplicates, 0 rejected, 0 unsampled"
+    assert (first, second) == tuple(f"{folder}/pool.jsonl: {said}" for folder in folders)
+    assert repeats.endswith(f"one of them counts: {folders[0]}/pool.jsonl, {folders[1]}/pool.jsonl")
+
+
+def test_ids_that_clash_across_files(tmp_path, workspace, caplog):
+    one = _file(tmp_path, [_row(0, id="x"), _row(1, id="y"), _row(2)], "one.jsonl", source="s")
+    two = _file(
+        tmp_path, [_row(3, id="x"), _row(4, id="x"), _row(1, id="z"), _row(5, id=["x"])], "two.jsonl", source="s"
+    )
+    elsewhere = _file(tmp_path, [_row(6, id="x"), _row(3), _row(7, id="z")], "three.jsonl", source="other")
+    later = _file(tmp_path, [_row(8, id="z")], "four.jsonl", source="s")
+    files = [one, two, elsewhere, later]
+    manifests = [ingest_file(workspace, file, SMALL) for file in files]
+    pool = settle_pool(workspace, manifests)
+    # Row 4 clashes within its file; row 3 clashes with row 0, so the third file owns its content.
+    assert pool.counts == {"rows_read": 11, "unique": 7, "duplicates": 1, "rejected": 3, "unsampled": 0}
+    assert pool_row_ids(workspace, pool) == [_id(i) for i in (0, 1, 2, 5, 6, 3, 7)]
+    assert pool.facts["sources"] == {"other": 3, "s": 4}
+    assert pool.facts["reject_reasons"] == {"id_conflict": 3} and pool.facts["num_id_conflicts"] == 2
+    index = workspace.read_table(f"{pool.folder}/duplicates.parquet")
+    assert index["reason"].to_pylist() == ["id_conflict", "duplicate", "id_conflict"]
+    rejected = workspace.read_table(f"{pool.folder}/rejected.parquet")
+    assert rejected.schema.equals(REJECTED, check_metadata=True)
+    assert [(row["file"], row["place"], row["detail"].split(" has ")[0]) for row in rejected.to_pylist()] == [
+        (two.location.name, 1, f"row 1 of {one.location.name}"),
+        (later.location.name, 1, f"row 3 of {two.location.name}"),
+    ]
+    say_files(workspace, pool, [file.location.name for file in files], manifests)
+    assert f"2 rows are rejected, since an earlier file has their source and id: {two.location.name} row 1" in (
+        caplog.text.replace(" with other content", "")
+    )
+
+
+def test_a_file_taken_out_frees_the_rows_that_clashed_with_it(tmp_path, workspace):
+    one = _file(tmp_path, [_row(0, id="x")], "one.jsonl", source="s")
+    two = _file(tmp_path, [_row(1, id="x")], "two.jsonl", source="s")
+    assert pool_row_ids(workspace, _pool(workspace, one, two)) == [_id(0)]
+    assert pool_row_ids(workspace, _pool(workspace, two)) == [_id(1)]
 
 
 def test_an_empty_pool(tmp_path, workspace):

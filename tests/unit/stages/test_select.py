@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rose_ray.config.models import SelectionConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import AccountingError, ConfigError
 from rose_ray.schemas import SELECTED, scores_schema
 from rose_ray.stages.select import (
@@ -145,9 +145,11 @@ def test_a_record_over_several_lines_becomes_one() -> None:
     assert list(json.loads(lines[1])) == ["rose_ray"]
 
 
-def test_a_record_that_has_the_key_already_is_refused() -> None:
-    with pytest.raises(ConfigError, match="row c: its record has a key 'rose_ray' already"):
-        training_jsonl(_selected(c='{"rose_ray": 1}'))
+def test_a_key_of_an_earlier_selection_gives_way() -> None:
+    once = training_jsonl(_selected(c='{"id": 1.10}')).decode().splitlines()[0]
+    again = training_jsonl(_selected(c=once, a='{"rose_ray": [1, {"a": "}"}], "x": 2}')).decode().splitlines()
+    assert again[0] == once
+    assert again[1].startswith('{ "x": 2, "rose_ray": {"row_id": "a", ')
 
 
 def test_the_summary_gives_shares_correlations_and_warnings() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from rose_ray.stores.runs import StageRecord, last_run, write_run
+from rose_ray.stores.runs import StageRecord, last_run, last_stage, write_run
 from rose_ray.stores.versions import package_versions, utc_now
 from rose_ray.stores.workspace import Workspace
 
@@ -31,6 +31,15 @@ def test_the_newest_run_is_the_last_one(workspace: Workspace) -> None:
     assert run["config"] == {"number": 11} and run["outcome"] == "finished"
     assert [StageRecord(**stage) for stage in run["stages"]] == [STAGE] and run["stages"] == [asdict(STAGE)]
     assert run["versions"] == package_versions()
+
+
+def test_a_stage_is_looked_for_in_the_newest_run_that_has_it(workspace: Workspace) -> None:
+    assert last_stage(workspace, "score a") is None
+    ingest = replace(STAGE, stage="ingest")
+    for stages in ([STAGE], [ingest, replace(STAGE, key="4567")], [ingest], []):
+        write_run(workspace, {}, stages, "finished")
+    assert last_stage(workspace, "score a") == asdict(replace(STAGE, key="4567"))
+    assert last_stage(workspace, "score b") is None
 
 
 def test_versions_and_times() -> None:

@@ -1,0 +1,61 @@
+"""The part of the YAML that says how much is selected, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rose_ray.config.strict import Fraction, Name, Strict
+
+
+class SelectionConfig(Strict):
+    """How many rows, and which of the best."""
+
+    fraction: Fraction | None = Field(None, description="Share of the pool's unique rows.")
+    count: int | None = Field(None, ge=1, description="Number of rows.")
+    tokens: int | None = Field(None, ge=1, description="Number of tokens, all roles counted.")
+    method: Literal["top_k", "round_robin"] = Field(
+        "top_k", description="top_k of the score, or each subtask in turn takes its best row left."
+    )
+    include_sources: list[str] | None = Field(None, min_length=1, description="Choose from these sources only.")
+    exclude_sources: list[str] = Field(default_factory=list, description="Choose nothing from these sources.")
+    source_quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="Largest share of the selection that a source may have."
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SelectionConfig:
+        given = [n for n in ("fraction", "count", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: set one of fraction, count, tokens")
+        both = sorted(set(self.include_sources or []) & set(self.exclude_sources))
+        if both:
+            raise ValueError(f"sources {both} are both included and excluded")
+        return self
+
+    @property
+    def budget(self) -> tuple[Literal["fraction", "count", "tokens"], float]:
+        """The budget that was set; 5 % of the pool where none was."""
+        if self.count is not None:
+            return "count", self.count
+        if self.tokens is not None:
+            return "tokens", self.tokens
+        return "fraction", self.fraction if self.fraction is not None else 0.05
+
+
+class JointSelectionConfig(SelectionConfig):
+    """How much of the targets' best rows; the targets take turns unless said otherwise."""
+
+    method: Literal["top_k", "round_robin"] = Field(
+        "round_robin", description="Each target in turn takes its best row left, or top_k of a row's best score."
+    )
+
+
+class TrainingSetConfig(Strict):
+    """One training set made from several targets."""
+
+    targets: list[Name] | None = Field(None, min_length=1, description="Targets that take part; all where unset.")
+    selection: JointSelectionConfig = Field(
+        default_factory=JointSelectionConfig, description="As for a target; targets take the place of subtasks."
+    )

@@ -1,0 +1,63 @@
+"""What a selection asks for against what the pool holds, before anything is computed for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from decimal import Decimal
+
+from rose_ray.config.models import JobConfig
+from rose_ray.config.selection import SelectionConfig
+from rose_ray.errors import ConfigError
+from rose_ray.kernels.selection import Budget, budget_count
+
+_NUM_LISTED = 20
+
+
+def check_selections(config: JobConfig, sources: Mapping[str, int]) -> None:
+    """Refuse selections that this pool cannot give, whatever the scores will be.
+
+    Args:
+        config: Its targets and ``training_set``.
+        sources: Unique rows of the pool by source.
+
+    Raises:
+        ConfigError: A selection names a source that the pool lacks, or asks for more rows than it may choose from.
+    """
+    for number, target in enumerate(config.targets):
+        _check(f"targets.{number}.selection ({target.name})", target.selection, sources)
+    if config.training_set is not None:
+        _check("training_set.selection", config.training_set.selection, sources)
+
+
+def _check(key: str, selection: SelectionConfig, sources: Mapping[str, int]) -> None:
+    named = {
+        "include_sources": selection.include_sources or [],
+        "exclude_sources": selection.exclude_sources,
+        "source_quotas": list(selection.source_quotas),
+    }
+    for field, names in named.items():
+        for name in names:
+            if name not in sources:
+                near = difflib.get_close_matches(name, list(sources), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {sorted(sources)[:_NUM_LISTED]}"
+                raise ConfigError(f"{key}.{field}: the pool has no source {name!r}; {hint}")
+    kind, amount = selection.budget
+    if kind == "tokens":
+        return  # how many tokens a row has is not known yet
+    total = sum(sources.values())
+    wanted = int(amount) if kind == "count" else budget_count(Budget(fraction=amount), total)
+    assert wanted is not None
+    allowed = {
+        name: num_rows
+        for name, num_rows in sources.items()
+        if name in (selection.include_sources or sources) and name not in selection.exclude_sources
+    }
+    quotas = {name: int(Decimal(str(share)) * wanted) for name, share in selection.source_quotas.items()}
+    within = sum(min(num_rows, quotas.get(name, num_rows)) for name, num_rows in allowed.items())
+    if wanted > within:
+        raise ConfigError(
+            f"{key}.{kind}: {wanted:,} rows asked for, but at most {within:,} can be selected: the pool has "
+            f"{total:,} unique rows, {sum(allowed.values()):,} of them in allowed sources, and quotas leave "
+            f"{within:,}. Ask for less or loosen the source rules."
+        )
