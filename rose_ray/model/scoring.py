@@ -199,12 +199,26 @@ class ScoringModel:
     def __init__(self, module: nn.Module, device: torch.device | str, *, checkpointed: bool = False) -> None:
         self.module = module
         self.device = torch.device(device)
-        module.requires_grad_(False)
         self.weights = self._slot()
         self.taps = Taps(module, self.weights)
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._training = [(part, part.training) for part in module.modules()]
+        module.requires_grad_(False)
         module.train(checkpointed)
         if checkpointed:
             _remove_dropout(module)
+
+    def close(self) -> None:
+        """Give the module back as it came: what was trainable, in training mode, its layers' own forward passes.
+
+        Once, after which this is of no use. Dropout that ``checkpointed`` took out stays out.
+        """
+        self.taps.remove()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        for part, training in self._training:
+            part.training = training
+        vars(_innermost(self.module)).pop(_ALTERS_LOGITS, None)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy an adapter's weights into the slot, by parameter name."""

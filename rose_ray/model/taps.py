@@ -36,11 +36,17 @@ class Taps:
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._consume: GradientConsumer | None = None
         self._packed_lengths: Sequence[int] | None = None
-        layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-        for name, layer in layers.items():
+        self._layers: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "lora_A")}
+        for name, layer in self._layers.items():  # all of them before the first is changed
             _check_plain(name, layer)
+        for name, layer in self._layers.items():
             pair = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
             layer.forward = functools.partial(self._forward, name, layer, pair)
+
+    def remove(self) -> None:
+        """Give the layers their own forward passes back."""
+        for layer in self._layers.values():
+            del layer.forward
 
     @contextmanager
     def sending_to(self, consume: GradientConsumer, packed_lengths: Sequence[int] | None) -> Iterator[None]:

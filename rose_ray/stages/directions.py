@@ -6,7 +6,7 @@ Shapes: B batch, O and I sides of a parameter matrix, P parameters, D numbers of
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,18 +62,39 @@ class Directions:
     losses_B: Tensor
 
 
-class Moments:
-    """A checkpoint's moments where the gradients are."""
+@dataclass(frozen=True)
+class AdamMoments:
+    """What an optimizer knew, by parameter name.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.exp_avg = {name: tensor.to(device) for name, tensor in (checkpoint.exp_avg or {}).items()}
-        self.exp_avg_sq = {name: tensor.to(device) for name, tensor in (checkpoint.exp_avg_sq or {}).items()}
+    Attributes:
+        exp_avg, exp_avg_sq: First and second moments, shaped like the parameters. Either may be empty where the Adam
+            mode does without it.
+        state: Its other numbers.
+    """
+
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    state: AdamState
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> AdamMoments:
+        """Return a checkpoint's, empty for an adapter that came without an optimizer."""
         state = checkpoint.state
-        self.state = (
-            AdamState(state.num_updates, state.adam_beta1, state.adam_beta2, state.adam_eps)
-            if state
-            else AdamState(0, 0.0, 0.0, 1e-8)  # an adapter without an optimizer: `sgd` alone is open, and uses none
+        if state is None:
+            return NO_MOMENTS
+        numbers = AdamState(state.num_updates, state.adam_beta1, state.adam_beta2, state.adam_eps)
+        return cls(checkpoint.exp_avg or {}, checkpoint.exp_avg_sq or {}, numbers)
+
+    def to(self, device: torch.device | str) -> AdamMoments:
+        """Return the same with the moments on a device."""
+        first, second = (
+            {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (self.exp_avg, self.exp_avg_sq)
         )
+        return AdamMoments(first, second, self.state)
+
+
+NO_MOMENTS = AdamMoments({}, {}, AdamState(0, 0.0, 0.0, 1e-8))
+"""Of an adapter without an optimizer: mode ``sgd`` alone is open, and looks at none of it."""
 
 
 class BatchRunner:
@@ -102,7 +123,7 @@ class BatchRunner:
     ) -> Iterator[tuple[list[int], Directions]]:
         """Yield the numbers of each batch's samples and what it gives. Samples that do not fit alone are left out."""
         self.model.load_adapter(checkpoint.adapter)
-        moments = Moments(checkpoint, self.model.device)
+        moments = AdamMoments.of(checkpoint).to(self.model.device)
         lengths = [len(sample.input_ids) for sample in samples]
         waiting = length_batches(lengths, self.max_batch_tokens)[::-1]
         while waiting:
@@ -124,7 +145,7 @@ class BatchRunner:
                 waiting.append(indices)
 
     def _attempt(
-        self, samples: Sequence[Sample], indices: list[int], moments: Moments, projections: Sequence[Projection]
+        self, samples: Sequence[Sample], indices: list[int], moments: AdamMoments, projections: Sequence[Projection]
     ) -> tuple[Directions | None, str]:
         # The except clause ends before the next try: its traceback would keep the batch's tensors alive.
         make_batch = pack_batch if self.settings.packing else pad_batch
@@ -148,7 +169,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def batch_directions(
     model: ScoringModel,
     batch: Batch,
-    moments: Moments,
+    moments: AdamMoments,
     layout: ParameterLayout,
     projections: Sequence[Projection],
     settings: DirectionSettings,
@@ -158,7 +179,7 @@ def batch_directions(
     Args:
         model: With the checkpoint's adapter in its slot.
         batch: On the model's device.
-        moments: Of the checkpoint.
+        moments: Of the checkpoint, on the model's device.
         layout: Of the adapter.
         projections: Each applied to every module's directions as they come.
         settings: Transform and kernel.
