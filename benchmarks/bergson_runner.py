@@ -135,12 +135,20 @@ def rivals(problem: Problem, options: argparse.Namespace) -> Iterator[Rival]:
         some = problem.indices[-1][:2]
         denominator_P = problem.moments[1].sqrt() + 1e-8
         expected_BP = torch.stack([problem.reference_gradient(i) / denominator_P for i in some])
-        checks = {"its linear Adam against g / (sqrt(v) + eps)": relative_error(bergson.raw(some, adam=True), expected_BP)}
+        checks = {
+            "its linear Adam against g / (sqrt(v) + eps)": relative_error(bergson.raw(some, adam=True), expected_BP)
+        }
         side = f"{PER_MODULE} x {PER_MODULE} a module, two-sided"
         variants = [
             ("bergson-module", f"{side}, no Adam", PER_MODULE, "per_module", False),
             ("bergson-module-adam", f"{side}, its linear Adam (no momentum, no g^2)", PER_MODULE, "per_module", True),
-            ("bergson-global", f"global D {options.dim}, its linear Adam: its LESS-like mode", options.dim, "global", True),
+            (
+                "bergson-global",
+                f"global D {options.dim}, its linear Adam: its LESS-like mode",
+                options.dim,
+                "global",
+                True,
+            ),
         ]
         for name, note, dim, target, adam in variants:
             if wanted(name, options.only):

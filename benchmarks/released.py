@@ -96,9 +96,7 @@ class ReleasedPass:
     def gradient(self, index: int) -> Tensor:
         """Return one sample's flat gradient [P]: transformers' own loss, backward into ``.grad``, one concatenation."""
         one = self.inputs[index]
-        loss = self.problem.model(
-            input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels
-        ).loss
+        loss = self.problem.model(input_ids=one.input_ids, attention_mask=one.attention_mask, labels=one.labels).loss
         loss.backward()
         flat_P = torch.cat([parameter.grad.view(-1) for parameter in self.problem.parameters.values()])  # type: ignore[union-attr]
         self.problem.model.zero_grad()

@@ -13,7 +13,17 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from benchmarks.released import Projector, released_adam
-from benchmarks.rivals_common import ADAM, FORWARD_BACKWARD, IGNORED, PROJECTION, Clock, Padded, Problem, pad
+from benchmarks.rivals_common import (
+    ADAM,
+    FORWARD_BACKWARD,
+    IGNORED,
+    PROJECTION,
+    Clock,
+    Padded,
+    Problem,
+    pad,
+    with_eager_attention,
+)
 
 
 class VmappedPass:
@@ -21,11 +31,12 @@ class VmappedPass:
 
     def __init__(self, problem: Problem, projector: Projector) -> None:
         self.problem, self.projector = problem, projector
+        self.model = with_eager_attention(problem.model)
         self.weights = {f"{name}.weight": parameter.detach() for name, parameter in problem.parameters.items()}
         self.per_sample = vmap(grad(self._loss), in_dims=(None, 0, 0))
 
     def _loss(self, weights: dict[str, Tensor], ids_S: Tensor, labels_S: Tensor) -> Tensor:
-        logits_1SV = functional_call(self.problem.model, weights, kwargs={"input_ids": ids_S.unsqueeze(0)}).logits
+        logits_1SV = functional_call(self.model, weights, kwargs={"input_ids": ids_S.unsqueeze(0)}).logits
         return cross_entropy(logits_1SV[0, :-1], labels_S[1:], ignore_index=IGNORED, reduction="mean")
 
     def _flat(self, batch: Padded) -> Tensor:
