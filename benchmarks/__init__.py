@@ -1,0 +1,1 @@
+"""Measurements: this engine and its rivals."""

@@ -63,6 +63,7 @@ from benchmarks.rivals_common import (  # noqa: E402
 from benchmarks.vmapped import VmappedPass  # noqa: E402
 from rose_ray.data.batches import padding_fraction  # noqa: E402
 from rose_ray.data.tokenize import Sample  # noqa: E402
+from rose_ray.kernels.adam import adam_direction  # noqa: E402
 from rose_ray.kernels.projection import Projection, make_projection  # noqa: E402
 from rose_ray.kernels.span import SpanProjection  # noqa: E402
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState  # noqa: E402
@@ -125,13 +126,14 @@ class OurPass:
 
     def features(self, batch: Batch, projection: Projection) -> Tensor:
         """Return a batch's features [B, D]."""
-        return batch_directions(self.model, batch, self.moments, self.layout, [projection], SETTINGS).features[0]
+        found = batch_directions(self.model, batch, self.moments, self.layout, [projection], SETTINGS)
+        return found.features[0]
 
     def __call__(self, clock: Clock) -> Tensor:
         """Return features [N, D]."""
         out_ND = torch.zeros(len(self.problem.samples), self.projection.dim)
         projection: Any = _ClockedProjection(self.projection, clock)
-        unclocked = direction_sums.adam_direction
+        unclocked = adam_direction
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
             with clock.part(ADAM):
@@ -214,7 +216,7 @@ def run_runner(name: str, interpreter: Path, options: argparse.Namespace) -> lis
             str(rows),
         ]
         command += [f"--dim={options.dim}", f"--rounds={options.rounds}", f"--samples={options.samples}"]
-        command += [f"--threads={options.threads}"]
+        command += [f"--threads={options.threads}", f"--batch-tokens={options.batch_tokens}"]
         if options.only:
             command += ["--only", *options.only]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"})
@@ -228,7 +230,8 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Return the rows as Markdown."""
     lines = ["# Rivals", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += [
-        "| variant | rate against the plain step | 90 % | CPU s | plain step, s | parts, s | gradients: error | note |"
+        "| variant | rate against the plain step | 90 % | CPU s | plain step, s "
+        "| parts, s (rest: forward and backward, where not named) | gradients: error | note |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -263,6 +266,7 @@ def facts_of(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "samples": len(lengths),
         "mean tokens": round(sum(lengths) / len(lengths), 1),
+        "tokens of a batch, at most": options.batch_tokens,
         "batches": len(problem.indices),
         "padding in batches": round(padding_fraction(lengths, problem.indices), 3),
     }
@@ -279,7 +283,7 @@ def main() -> None:
     if options.quick:
         options.samples, options.rounds = 12, 1
     torch.set_num_threads(options.threads)
-    problem = Problem(options.samples, options.dim)
+    problem = Problem(options.samples, options.dim, options.batch_tokens)
     facts = facts_of(problem, options)
     rows: list[Row] = []
     if wanted("plain", options.only):

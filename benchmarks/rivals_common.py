@@ -31,7 +31,6 @@ from rose_ray.data.batches import length_batches
 
 VOCABULARY = 8192
 MAX_TOKENS = 512
-MAX_BATCH_TOKENS = 2048
 IGNORED = -100
 
 FORWARD_BACKWARD, ADAM, PROJECTION, REST = "forward+backward", "adam", "projection", "rest"
@@ -112,13 +111,14 @@ class Problem:
 
     num_samples: int
     dim: int
+    max_batch_tokens: int = 2048
     samples: list[Tokens] = field(init=False)
     indices: list[list[int]] = field(init=False)
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.samples = make_tokens(self.num_samples)
-        self.indices = length_batches([len(sample.input_ids) for sample in self.samples], MAX_BATCH_TOKENS)
+        self.indices = length_batches([len(sample.input_ids) for sample in self.samples], self.max_batch_tokens)
         self.model = make_model()
 
     @cached_property
@@ -311,6 +311,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--dim", type=int, choices=(1024, 8192), default=1024, help="numbers of a feature")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--samples", type=int, default=96, help="the fewer, the more padding: 19 % at 48, 11 % at 96")
+    made.add_argument("--batch-tokens", type=int, default=2048, help="bound on rows times longest row")
     made.add_argument("--only", nargs="*", default=None, help="names of rivals")
     made.add_argument("--threads", type=int, default=1)
     return made
@@ -324,7 +325,7 @@ def wanted(name: str, only: Sequence[str] | None) -> bool:
 def run_runner(make: Callable[[Problem, argparse.Namespace], Iterator[Rival]], options: argparse.Namespace) -> None:
     """Measure a rival library's variants in its own process and write rows as JSON to ``options.json``."""
     torch.set_num_threads(options.threads)
-    problem = Problem(options.samples, options.dim)
+    problem = Problem(options.samples, options.dim, options.batch_tokens)
     rows = [measure(rival, problem.plain_step, options.rounds) for rival in make(problem, options)]
     Path(options.json).write_text(json.dumps([asdict(row) for row in rows]))
 
