@@ -68,6 +68,7 @@ class HeldProjector:
         self.dtype = torch.float32 if small else torch.int8
         self.group_size = GROUP_SIZE if small else 4 * GROUP_SIZE
         self.signs_DP = torch.empty(dim, num_parameters, dtype=self.dtype)
+        self.block_bP = torch.empty(0 if small else BLOCK_SIZE, num_parameters)
         for number in range(len(drawn.seeds)):
             start = number * BLOCK_SIZE
             rows_bP = self.signs_DP[start : start + BLOCK_SIZE]
@@ -77,7 +78,11 @@ class HeldProjector:
         """See ``Projector``."""
         if self.dtype == torch.float32:
             return grads_GP @ self.signs_DP.T
-        return torch.cat([grads_GP @ rows_bP.float().T for rows_bP in self.signs_DP.split(BLOCK_SIZE)], dim=1)
+        parts = []
+        for rows_bP in self.signs_DP.split(BLOCK_SIZE):
+            block_bP = self.block_bP[: len(rows_bP)].copy_(rows_bP)  # one buffer: fresh memory costs as much again
+            parts.append(grads_GP @ block_bP.T)
+        return torch.cat(parts, dim=1)
 
     @property
     def note(self) -> str:
