@@ -227,7 +227,7 @@ class ScoringModel:
 
     def _slot(self) -> dict[str, Tensor]:
         """The adapter's weights by layout name; here those of the model itself."""
-        return {name: parameter.data for name, parameter in adapter_parameters(self.module).items()}
+        return dict(adapter_parameters(self.module))  # not their data, which others may set anew
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(
         (["ray.actors=3", "ray.gpus_per_actor=0.5"], [Node(4, 1), Node(4, 0)], "room for 2"),
         (["ray.cpus_per_actor=1"], [], "0 node"),
         (["ray.actors=2", "ray.cpus_per_actor=0.8"], [Node(1, 0)] * 2, "no room for a reading task"),  # crumbs
-        (["warmup.workers=3", "warmup.adapters=[a]", "gradients.adam=sgd"], [Node(1, 0)], None),  # nothing is trained
+        (["warmup={adapters: [a]}", "gradients.adam=sgd"], [Node(1, 0)], None),  # nothing is trained
     ],
 )
 def test_what_fits_which_nodes(overrides: list[str], nodes: list[Node], message: str | None) -> None:
