@@ -28,7 +28,7 @@ from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.layout import ParameterLayout, layout_of
 from rose_ray.model.memory import memory_meter
 from rose_ray.model.scoring import Batch, ScoringModel, pad_batch
-from rose_ray.stages.directions import DirectionSettings, Moments, batch_directions
+from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_directions
 
 BASELINE = "plain step, full logits"
 LABEL_ONLY = "plain step, labels only"
@@ -81,7 +81,7 @@ def engine(setting: Setting, dtype: torch.dtype, projection: str, dim: int) -> P
     layout = layout_of(module)
     checkpoint = make_checkpoint(module)
     model = ScoringModel(module, setting.device)
-    moments = Moments(checkpoint, model.device)
+    moments = AdamMoments.of(checkpoint).to(model.device)
     projections = [each.to(model.device) for each in _projections(projection, dim, layout, checkpoint)]
     settings = DirectionSettings("torch", "float16", setting.tokens, kernel=setting.kernel)  # type: ignore[arg-type]
     batches = setting.batches()

@@ -69,7 +69,7 @@ from rose_ray.kernels.span import SpanProjection  # noqa: E402
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState  # noqa: E402
 from rose_ray.model.layout import layout_of  # noqa: E402
 from rose_ray.model.scoring import Batch, ScoringModel, pad_batch  # noqa: E402
-from rose_ray.stages.directions import DirectionSettings, Moments, batch_directions  # noqa: E402
+from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_directions  # noqa: E402
 
 NUM_DIRECTIONS = 16
 SETTINGS = DirectionSettings(adam="less_code", stored_dtype="float32", max_batch_tokens=2048)
@@ -107,7 +107,8 @@ class OurPass:
         names = [name for name, _ in self.layout.shapes]
         avg, avg_sq = (dict(zip(names, problem.split(flat).values(), strict=True)) for flat in problem.moments)
         state = OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1)
-        self.moments = Moments(Checkpoint("checkpoint-1", self.model.weights, avg, avg_sq, state), self.model.device)
+        checkpoint = Checkpoint("checkpoint-1", self.model.weights, avg, avg_sq, state)
+        self.moments = AdamMoments.of(checkpoint).to(self.model.device)
         self.batches = [self._batch(indices) for indices in problem.indices]
 
     def _batch(self, indices: Sequence[int]) -> Batch:
