@@ -36,7 +36,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), but Python 3.11 or later is needed: make PYTHON=python3.11 ..."; exit 1; }
-	@echo "Installing into $(VENV) (some minutes, about 2 GB)"
+	@echo "Installing into $(VENV) (some minutes, about 3 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel hatchling editables
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed

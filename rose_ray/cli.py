@@ -71,6 +71,8 @@ def main(
         warnings.filterwarnings("ignore", category=FutureWarning)
         for name in ("transformers", "DeepSpeed", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # It says on the CPU that a kernel which nothing here calls cannot be built.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()

@@ -64,6 +64,7 @@ def scoring_gradients(
     from rose_ray.model.scoring import pad_batch
     from tests.oracles import collect, rows_of
 
+    _allow_float64()
     group = ProcessGroup(rank, num_ranks, "127.0.0.1", port)
     results = []
     for model_config, lora, adapters, dtype in cases:
@@ -82,6 +83,17 @@ def scoring_gradients(
         away = sum(p.numel() == 0 for name, p in model.module.named_parameters() if "lora_" not in name)
         results.append({"grads": grads, "values": values, "references": references, "away": away})
     return results
+
+
+def _allow_float64() -> None:
+    """Make DeepSpeed's stage 3 take float64 on every CPU.
+
+    On those that compute in float16 it checks the type that it would give to parameters of its own making, and refuses
+    float64; on others it takes bfloat16 for that, whatever it is told. It makes none here: they come with the model.
+    """
+    from rose_ray.distributed.engine import import_deepspeed
+
+    import_deepspeed("cpu").get_accelerator().is_fp16_supported = lambda: False
 
 
 def warm_up(rank: int, num_ranks: int, port: int, jobs: Sequence[Any], probe: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,157 @@
+"""How the price of features grows with rows, length, checkpoints and rank, each beside a straight line.
+
+    python benchmarks/growth.py              a quarter of an hour on one core
+    python benchmarks/growth.py --quick      whether it runs
+
+One engine process computes a shard's features as an actor does. Variants of one section take turns; a point is the
+median of its rounds, divided by what a straight line from the section's first point would give. The plot needs
+`pip install matplotlib`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples
+from benchmarks.timing import machine, write_results
+from rose_ray.kernels.projection import make_projection
+from rose_ray.model.layout import layout_of
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.schemas import TOKENS
+from rose_ray.stages.directions import DirectionSettings
+from rose_ray.stages.features import shard_features
+
+SIZE = SIZES["base"]
+DIM = 8192
+BATCH_TOKENS = 2048
+
+
+def scoring(rows: int, *, length: int | None = None, checkpoints: int = 1, rank: int = 64) -> Callable[[], float]:
+    """Return what computes a shard's features and says how many CPU seconds that took."""
+    module = make_model(SIZE, rank, torch.float32, adapter=torch.float32)
+    layout = layout_of(module)
+    steps = [make_checkpoint(module, seed) for seed in range(checkpoints)]
+    model = ScoringModel(module, "cpu")
+    projection = make_projection("sketch", DIM, 0, layout.num_parameters)
+    samples = make_samples(rows, SIZE.vocabulary, length=length)
+    tokens = pa.Table.from_pylist(
+        [{"row_id": str(number), **sample.__dict__} for number, sample in enumerate(samples)], schema=TOKENS
+    )
+    settings = DirectionSettings("torch", "float16", BATCH_TOKENS)
+
+    def once() -> float:
+        start = time.process_time()
+        made = shard_features(model, tokens, steps, layout, [[projection] * checkpoints], settings)
+        assert made.tables[0][0].num_rows == rows
+        return time.process_time() - start
+
+    return once
+
+
+def section(
+    points: Mapping[float, Callable[[], float]], work: Mapping[float, float], rounds: int
+) -> list[dict[str, Any]]:
+    """Time the points in turns.
+
+    Args:
+        points: What to run, by the number on the axis.
+        work: What a straight line says that each costs, in any unit.
+        rounds: How often.
+    """
+    seconds: dict[float, list[float]] = {point: [] for point in points}
+    for once in points.values():
+        once()
+    for number in range(rounds):
+        for point in list(points)[:: 1 if number % 2 == 0 else -1]:
+            seconds[point].append(points[point]())
+    first = next(iter(points))
+    base = statistics.median(seconds[first]) / work[first]
+    return [
+        {
+            "at": point,
+            "CPU s": statistics.median(times),
+            "low": min(times),
+            "high": max(times),
+            "over a straight line": statistics.median(times) / (base * work[point]),
+        }
+        for point, times in seconds.items()
+    ]
+
+
+def measured(unit: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the four sections; ``unit`` rows are the smallest shard."""
+    rows = {float(unit * factor): scoring(unit * factor) for factor in (1, 4, 16)}
+    lengths = {float(s): scoring(max(1, 2 * unit * 128 // s), length=s) for s in (128, 256, 512, 1024, 2048)}
+    tokens = {s: max(1, int(2 * unit * 128 // s)) * s for s in lengths}
+    checkpoints = {float(c): scoring(unit, checkpoints=c) for c in (1, 2, 3, 4)}
+    ranks = {float(r): scoring(unit, rank=r) for r in (8, 16, 32, 64, 128)}
+    return {
+        "rows": section(rows, {n: n for n in rows}, rounds),
+        "length, equal numbers of tokens": section(lengths, tokens, rounds),
+        "checkpoints": section(checkpoints, {c: c for c in checkpoints}, rounds),
+        "LoRA rank": section(ranks, dict.fromkeys(ranks, 1.0), rounds),
+    }
+
+
+def plot(sections: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the sections side by side: seconds at each point, and the straight line from the first."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sections), figsize=(13, 3.2), constrained_layout=True)
+    for axis, (title, points) in zip(axes, sections.items(), strict=True):
+        at = [point["at"] for point in points]
+        seconds = [point["CPU s"] for point in points]
+        line = [point["CPU s"] / point["over a straight line"] for point in points]
+        spread = [
+            [s - p["low"] for s, p in zip(seconds, points, strict=True)],
+            [p["high"] - s for s, p in zip(seconds, points, strict=True)],
+        ]
+        axis.plot(at, line, "--", color="0.6", label="straight line" if title != "LoRA rank" else "constant")
+        axis.errorbar(at, seconds, yerr=spread, fmt="o-", color="tab:blue", capsize=2, label="measured")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(at, [f"{x:g}" for x in at])
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+        if max(seconds) > 4 * min(seconds):
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_ylim(0, 1.25 * max(*seconds, *line))
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("CPU seconds")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure, write the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=32, help="rows of the smallest shard")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="four rows, one round")
+    parser.add_argument("--plot", type=Path, help="draw the plot of a results file instead of measuring")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(options.plot.read_text())["sections"], options.plot.with_suffix(".svg"))
+        return
+    torch.set_num_threads(1)
+    sections = measured(4 if options.quick else options.rows, 1 if options.quick else options.rounds)
+    facts = {"model": "base", "D": DIM, "projection": "sketch", "batch tokens": BATCH_TOKENS}
+    write_results("growth", sections, facts, options.out)
+    plot(sections, options.out / f"{machine()['date']}-growth.svg")
+
+
+if __name__ == "__main__":
+    main()
