@@ -125,6 +125,25 @@ def validate(config: _Config, overrides: _Set = None) -> None:
 
 @app.command()
 @_reported
+def plan(
+    config: _Config,
+    overrides: _Set = None,
+    probe: Annotated[int, typer.Option(help="Rows that are scored to learn the rates; 0 for none, and no times.")] = 64,
+) -> None:
+    """Say what a run will take on this cluster: rows, time, device hours, bytes, memory. Reads the pool, keeps it."""
+    from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from rose_ray.distributed.plan import plan_job
+    from rose_ray.stages.plan_lines import plan_lines
+
+    made = plan_job(loaded, probe_rows=probe)
+    for line in plan_lines(made.tokens, made.work, made.rates, made.plan, made.num_shards):
+        typer.echo(line)
+
+
+@app.command()
+@_reported
 def run(config: _Config, overrides: _Set = None, new_warmup: _NewWarmup = False) -> None:
     """Run the whole job; what is done already is found and not done again."""
     _run(config, overrides, "select", new_warmup)

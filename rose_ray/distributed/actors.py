@@ -6,7 +6,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,17 +188,22 @@ class BankActor(_ModelHolder):
 
     def budget(self, spaces: Sequence[SpaceSpec]) -> int:
         """Return the largest batch that fits beside the maps of these spaces, in tokens."""
-        spec, length = self.spec, self.spec.model.max_tokens
+        run, length = self.longest_rows([self.projections(space)[0] for space in spaces])
+        meter, device = memory_meter(self.model.device), self.model.device.type
+        return measured_budget(run, length, MOST_TOKENS[device], meter, share=self.spec.memory_share)
+
+    def longest_rows(self, maps: Sequence[Projection]) -> tuple[Callable[[int], None], int]:
+        """Return what scores so many rows of the greatest length, and that length."""
+        length = self.spec.model.max_tokens
         sample = Sample([0] * length, [True] * length)
-        maps = [self.projections(space) for space in spaces]
-        runner = BatchRunner(self.model, spec.layout, replace(self.direction_settings(), max_batch_tokens=2 * length))
+        settings = replace(self.direction_settings(), max_batch_tokens=2 * length)
+        runner = BatchRunner(self.model, self.spec.layout, settings)
 
         def run(rows: int) -> None:
-            projections = [each[0].to(self.model.device) for each in maps]
+            projections = [projection.to(self.model.device) for projection in maps]
             list(runner.run([sample] * rows, self.checkpoints[0], projections))
 
-        meter, device = memory_meter(self.model.device), self.model.device.type
-        return measured_budget(run, length, MOST_TOKENS[device], meter, share=spec.memory_share)
+        return run, length
 
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""

@@ -87,6 +87,47 @@ def bank_made_from(
     }
 
 
+def _basis_made_from(
+    job: Job, warmup: Manifest, target: TargetConfig, pairs: Sequence[PreferencePair]
+) -> dict[str, Any]:
+    per_subtask = job.config.gradients.exact_basis == "subtasks"
+    return {
+        "stage": "basis",
+        "version": BASIS_VERSION,
+        "space": job.bare_space(warmup),
+        **_pairs_made_from(job, target, pairs),
+        # Both sides of every pair serve any objective; one direction a subtask serves its own.
+        "objective": [target.objective, target.normalize, target.dpo_beta] if per_subtask else None,
+    }
+
+
+def missing_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
+    """Return the exact targets whose basis is missing; those that are found go into the job's result."""
+    missing = []
+    for target in job.config.targets:
+        if not job.config.is_exact(target):
+            continue
+        made_from = _basis_made_from(job, warmup, target, pairs[target.name])
+        found = find_manifest(job.workspace, f"basis/{artefact_key(made_from)}")
+        if found is None:
+            missing.append(target.name)
+        else:
+            job.result.bases[target.name] = found
+    return missing
+
+
+def missing_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
+    """Return the targets whose bank is missing; one without its basis has none. Call `missing_bases` first."""
+    missing = []
+    for target in job.config.targets:
+        if not job.config.is_exact(target) or target.name in job.result.bases:
+            made_from = bank_made_from(job, job.feature_set(warmup, target), target, pairs[target.name])
+            if find_manifest(job.workspace, f"bank/{artefact_key(made_from)}") is not None:
+                continue
+        missing.append(target.name)
+    return missing
+
+
 def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]], actor: ModelActor) -> None:
     """Find or compute the exact basis of every target that is scored exactly."""
     for target in job.config.targets:
@@ -94,14 +135,7 @@ def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Preferen
             continue
         started = time.monotonic()
         per_subtask = job.config.gradients.exact_basis == "subtasks"
-        made_from = {
-            "stage": "basis",
-            "version": BASIS_VERSION,
-            "space": job.bare_space(warmup),
-            **_pairs_made_from(job, target, pairs[target.name]),
-            # Both sides of every pair serve any objective; one direction a subtask serves its own.
-            "objective": [target.objective, target.normalize, target.dpo_beta] if per_subtask else None,
-        }
+        made_from = _basis_made_from(job, warmup, target, pairs[target.name])
         folder = f"basis/{artefact_key(made_from)}"
         basis = find_manifest(job.workspace, folder)
         reused = basis is not None

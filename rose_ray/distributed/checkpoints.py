@@ -42,15 +42,8 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     """Return the pinned warm-up of these settings; train it where there is none yet."""
     started = time.monotonic()
     settings = _warmup_settings(job)
-    pin = f"warmup/pins/{artefact_key(settings)}.json"
-    if job.workspace.exists(pin) and not new_warmup:
-        pinned = job.workspace.read_json(pin)["folder"]
-        found = find_manifest(job.workspace, pinned)
-        if found is None:
-            raise AlteredFileError(
-                f"{pinned}: files of the pinned warm-up are missing or cut short. Put them back, or make another "
-                "warm-up, and with it all features, with --new-warmup."
-            )
+    found = None if new_warmup else _pinned(job, settings)
+    if found is not None:
         return _warmup_done(job, found, started, reused=True)
     if job.config.warmup.adapters is not None:
         made_from = {**settings, "row_ids": None}
@@ -64,8 +57,31 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     reused = warmup is not None
     if warmup is None:
         warmup = train(made_from, folder)
-    job.workspace.write_json(pin, {"folder": folder, "pool": pool.key})
+    job.workspace.write_json(_pin(settings), {"folder": folder, "pool": pool.key})
     return _warmup_done(job, warmup, started, reused=reused)
+
+
+def pinned_warmup(job: Job) -> Manifest | None:
+    """Return the warm-up that a run of these settings would keep, if there is one."""
+    return _pinned(job, _warmup_settings(job))
+
+
+def _pin(settings: dict[str, Any]) -> str:
+    return f"warmup/pins/{artefact_key(settings)}.json"
+
+
+def _pinned(job: Job, settings: dict[str, Any]) -> Manifest | None:
+    pin = _pin(settings)
+    if not job.workspace.exists(pin):
+        return None
+    folder = job.workspace.read_json(pin)["folder"]
+    found = find_manifest(job.workspace, folder)
+    if found is None:
+        raise AlteredFileError(
+            f"{folder}: files of the pinned warm-up are missing or cut short. Put them back, or make another "
+            "warm-up, and with it all features, with --new-warmup."
+        )
+    return found
 
 
 def _warmup_settings(job: Job) -> dict[str, Any]:

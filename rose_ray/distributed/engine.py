@@ -72,7 +72,7 @@ class DeepSpeedScoringModel(ScoringModel):
     """A scoring model whose parameters DeepSpeed holds."""
 
     def __init__(self, peft_model: nn.Module, model: ModelConfig, *, device: str, group: ProcessGroup) -> None:
-        deepspeed = _deepspeed_in_group(device, group)
+        deepspeed = deepspeed_in_group(device, group)
         stage = model.deepspeed.zero_stage
         # Stage 0 wants an optimizer; one that is never stepped costs nothing.
         adapter = list(adapter_parameters(peft_model).values())
@@ -119,7 +119,7 @@ def import_deepspeed(device: str) -> Any:
     return deepspeed
 
 
-def _deepspeed_in_group(device: str, group: ProcessGroup) -> Any:
+def deepspeed_in_group(device: str, group: ProcessGroup) -> Any:
     """Import DeepSpeed and join the process group; the place in it travels by environment."""
     if not torch.distributed.is_initialized():
         port = group.port or _free_port()

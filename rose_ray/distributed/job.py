@@ -89,22 +89,22 @@ class Job:
 
         Exact spaces need the bases of ``make_bases``.
         """
-        config = self.config
-        sets = {}
-        if config.gradients.projection.kind != "exact":
-            identity = projection_identity(config.gradients, self.identity.layout)
-            space = {**self.bare_space(warmup), "projection": identity}
-            sets[""] = self._feature_set(warmup, space, config.gradients.stored_dtype, None)
-        for target in config.targets:
-            if config.is_exact(target):
-                basis = self.result.bases[target.name]
-                space = {**self.bare_space(warmup), "projection": f"exact/v1/basis={basis.key}"}
-                sets[target.name] = self._feature_set(warmup, space, "float32", tuple(basis.files))
-        return sets
+        exact = [target for target in self.config.targets if self.config.is_exact(target)]
+        projected = {} if self.config.gradients.projection.kind == "exact" else {"": self._projected(warmup)}
+        return {**projected, **{target.name: self.feature_set(warmup, target) for target in exact}}
 
     def feature_set(self, warmup: Manifest, target: TargetConfig) -> FeatureSet:
         """The features that a target is scored by."""
-        return self.feature_sets(warmup)[target.name if self.config.is_exact(target) else ""]
+        if not self.config.is_exact(target):
+            return self._projected(warmup)
+        basis = self.result.bases[target.name]
+        space = {**self.bare_space(warmup), "projection": f"exact/v1/basis={basis.key}"}
+        return self._feature_set(warmup, space, "float32", tuple(basis.files))
+
+    def _projected(self, warmup: Manifest) -> FeatureSet:
+        gradients = self.config.gradients
+        space = {**self.bare_space(warmup), "projection": projection_identity(gradients, self.identity.layout)}
+        return self._feature_set(warmup, space, gradients.stored_dtype, None)
 
     def _feature_set(
         self, warmup: Manifest, space: dict[str, Any], stored_dtype: str, basis: tuple[FileRecord, ...] | None
@@ -129,17 +129,18 @@ class Job:
             "quantized": model.quantized,
         }
 
-    def spec(self, warmup: Manifest, max_batch_tokens: int, spaces: Sequence[SpaceSpec] = ()) -> ScoringSpec:
-        """What scoring actors need to know."""
+    def spec(self, warmup: Manifest | None, max_batch_tokens: int, spaces: Sequence[SpaceSpec] = ()) -> ScoringSpec:
+        """What scoring actors need to know; without a warm-up, no checkpoints."""
         config = self.config
+        names = [f"{warmup.folder}/{each['name']}" for each in warmup.facts["checkpoints"]] if warmup else []
         return ScoringSpec(
             workspace=self.workspace,
             model=config.model,
             lora=config.lora,
             gradients=config.gradients,
             layout=self.identity.layout,
-            checkpoints=tuple(f"{warmup.folder}/{c['name']}" for c in warmup.facts["checkpoints"]),
-            checkpoint_files=tuple(file for file in warmup.files if "/checkpoint-" in file.path),
+            checkpoints=tuple(names),
+            checkpoint_files=tuple(file for file in (warmup.files if warmup else []) if "/checkpoint-" in file.path),
             device=device_of(config.ray),
             threads=config.ray.threads_per_actor,
             max_batch_tokens=max_batch_tokens,
@@ -164,6 +165,13 @@ class Job:
     def task(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Start a task with the resources of a reader and return its reference."""
         return ray.remote(num_cpus=self.config.ray.cpus_per_task)(function).remote(*arguments)
+
+    def model_task(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Start a task with the resources of a scoring actor and return its reference."""
+        settings = self.config.ray
+        return ray.remote(num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor)(function).remote(
+            *arguments
+        )
 
     def actor(self, kind: type, *arguments: Any) -> Any:
         """Start an actor with the resources of a scoring actor."""

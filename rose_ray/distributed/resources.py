@@ -62,6 +62,13 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
         )
 
 
+def actors_at_once(config: JobConfig, nodes: list[Node]) -> int:
+    """Return how many scoring actors the job would put on one node, the one with the most room."""
+    settings = config.ray
+    most = max((_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes), default=1)
+    return max(1, min(settings.actors, most))
+
+
 def _fit_beside_reader(nodes: list[Node], number: int, config: JobConfig) -> bool:
     # A task runs on one node: room that is left in crumbs on several is none.
     settings = config.ray

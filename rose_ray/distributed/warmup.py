@@ -115,7 +115,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.threads)
     if job.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see all of its GPUs
-    trainer = _Trainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
+    trainer = WarmupTrainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
     checkpoints: list[dict[str, Any]] = []
     for epoch in range(1, job.warmup.epochs + 1):
         checkpoints.append(trainer.train_epoch(epoch))
@@ -124,7 +124,7 @@ def train_worker(config: dict[str, Any]) -> None:
         job.workspace.write_json(f"{job.folder}/{_TRAINING_FILE}", checkpoints)
 
 
-class _Trainer:
+class WarmupTrainer:
     """One worker's model, optimizer and place in the plan."""
 
     def __init__(self, job: WarmupJob, *, rank: int, num_workers: int) -> None:
@@ -157,7 +157,7 @@ class _Trainer:
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Take the epoch's steps and write its checkpoint."""
         steps = [step for step in self.steps if step.epoch == epoch]
-        loss_sum = sum(self._step(step) for step in steps)
+        loss_sum = sum(self.step(step) for step in steps)
         mean_rate = sum(step.learning_rate for step in steps) / len(steps)
         moments = {key: self._moments(key) for key in ("exp_avg", "exp_avg_sq")}  # collective: every rank takes part
         name = f"checkpoint-{epoch}"
@@ -172,7 +172,8 @@ class _Trainer:
             "files": [asdict(record) for record in files],
         }
 
-    def _step(self, step: TrainingStep) -> float:
+    def step(self, step: TrainingStep) -> float:
+        """Take one optimizer step and return the sum of its samples' losses, over all workers."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = step.learning_rate
         # Dropout's own stream: the same whatever ran before, another for each step and worker.

@@ -16,6 +16,7 @@ from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
 from rose_ray.stores.manifest import Manifest, read_manifest
+from rose_ray.stores.plans import find_plan
 from rose_ray.stores.runs import StageRecord, last_run, last_stage
 from rose_ray.stores.workspace import Workspace
 
@@ -28,14 +29,16 @@ def result_lines(stages: Sequence[StageRecord], selections: Mapping[str, Manifes
         yield from selection_lines(name, selection)
 
 
-def stage_lines(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A table of stages: seconds, made or found, counts, folder."""
+def stage_lines(stages: Sequence[Mapping[str, Any]], planned: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A table of stages: seconds, those that a plan foretold beside them, made or found, counts, folder."""
     width = max((len(stage["stage"]) for stage in stages), default=5)
-    yield f"{'stage':<{width}}  seconds"
+    yield f"{'stage':<{width}}  seconds{'  planned' if planned else ''}"
     for stage in stages:
         counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in stage["counts"].items())
         verb = "found" if stage["reused"] else "made"
-        yield f"{stage['stage']:<{width}}  {stage['seconds']:>7.1f}  {verb:<5}  {stage['folder']}  {counts}"
+        foretold = None if planned is None or stage["reused"] else planned.get(stage["stage"])
+        column = f"  {'' if foretold is None else f'{foretold:.1f}':>7}" if planned else ""
+        yield f"{stage['stage']:<{width}}  {stage['seconds']:>7.1f}{column}  {verb:<5}  {stage['folder']}  {counts}"
 
 
 def selection_lines(name: str, selection: Manifest) -> Iterator[str]:
@@ -68,7 +71,8 @@ def status_lines(workspace: Workspace) -> Iterator[str]:
         yield "no run yet"
         return
     yield f"last run: {run['outcome']}, {run['finished_at']}"
-    yield from stage_lines(run["stages"])
+    plan = find_plan(workspace, run["config"])
+    yield from stage_lines(run["stages"], plan["seconds"] if plan else None)
     for stage in ("pool", "warmup", "bank", "features"):
         folders = [path for path in workspace.list_folder(stage) if not path.endswith(("pins", ".json"))]
         yield f"{stage}: {len(folders)} kept"

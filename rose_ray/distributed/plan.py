@@ -1,0 +1,260 @@
+"""`rose-ray plan`: what a job will take on this cluster, before anything is spent on it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from rose_ray.config.models import JobConfig, TargetConfig
+from rose_ray.data.preferences import PreferencePair
+from rose_ray.distributed.actors import device_of
+from rose_ray.distributed.bank import BANK_BATCH_TOKENS, missing_banks, missing_bases, read_target_pairs
+from rose_ray.distributed.checkpoints import pinned_warmup
+from rose_ray.distributed.features import missing_features
+from rose_ray.distributed.ingest import ingest
+from rose_ray.distributed.job import Job
+from rose_ray.distributed.probe import (
+    PROBE_FOLDER,
+    ProbeActor,
+    evenly,
+    pair_tokens,
+    pool_tokens,
+    sample_shard,
+    time_reduction,
+    time_training,
+)
+from rose_ray.distributed.resources import actors_at_once, check_resources, cluster_nodes
+from rose_ray.distributed.session import ray_session, root_cause
+from rose_ray.distributed.spaces import SpaceSpec
+from rose_ray.distributed.warmup import WarmupJob
+from rose_ray.errors import RoseError
+from rose_ray.model.base import with_absolute_paths
+from rose_ray.stages.budget import MOST_TOKENS
+from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
+from rose_ray.stages.selection_check import check_selections
+from rose_ray.stores.manifest import Manifest
+from rose_ray.stores.plans import write_plan
+from rose_ray.stores.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+Pairs = Mapping[str, Sequence[PreferencePair]]
+
+SAMPLED_ROWS = 4096
+"""Rows that are tokenised for the histogram."""
+
+SAMPLED_SHARDS = 512
+"""At most so many shards are looked into."""
+
+PROBED_PAIRS = 4
+"""Pairs of each target that are probed, evenly spaced by length."""
+
+TRAIN_SECONDS = 6.0
+"""What Ray Train takes to set up its workers besides loading the model, measured on one machine of two cores."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Everything `plan_lines` has to say.
+
+    Attributes:
+        pool: The pool, ingested.
+        tokens: Its lengths.
+        work: What is to be done.
+        rates: What the probe measured, if there was one.
+        plan: The prediction.
+        num_shards: Of the pool.
+    """
+
+    pool: Manifest
+    tokens: PoolTokens
+    work: Work
+    rates: Rates | None
+    plan: Plan
+    num_shards: int
+
+
+def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
+    """Read the pool, look at what is done, measure a few rows, and predict the rest.
+
+    The pool's shards are kept: a run goes on with them.
+
+    Args:
+        config: The checked configuration.
+        probe_rows: Rows that are scored for the rates; 0 for no probe.
+
+    Raises:
+        RoseError: As in `run_job`.
+    """
+    workspace = Workspace.open(config.workspace, create=True)
+    job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
+    try:
+        with ray_session(config.ray):
+            check_resources(config, cluster_nodes())
+            made = _plan(job, probe_rows)
+    except Exception as error:
+        cause = root_cause(error)
+        raise (cause if isinstance(cause, RoseError | OSError) else error) from None
+    if made.rates is not None:
+        write_plan(workspace, config.model_dump(mode="json"), made.plan.as_json())
+    return made
+
+
+def _plan(job: Job, probe_rows: int) -> JobPlan:
+    pool = ingest(job)
+    check_selections(job.config, pool.facts["sources"])
+    pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
+    tokens, samples = _sampled(job, pool)
+    lengths = _pair_lengths(job, pairs)
+    work = _work(job, pool, tokens, pairs, lengths)
+    rates = None
+    if probe_rows and tokens.lengths:
+        try:
+            rates = _Prober(job, work, pairs, lengths, evenly(samples, probe_rows)).rates()
+        finally:
+            job.workspace.delete_folder(PROBE_FOLDER)
+        work = replace(work, warmup_start=rates.start_up + TRAIN_SECONDS)
+    return JobPlan(pool, tokens, work, rates, predict(work, tokens, rates), len(pool.facts["shards"]))
+
+
+def _sampled(job: Job, pool: Manifest) -> tuple[PoolTokens, pa.Table]:
+    shards = [entry["shard"] for entry in pool.facts["shards"]]
+    shards = shards[:: -(-len(shards) // SAMPLED_SHARDS)]
+    rows = sum(entry["num_rows"] for entry in pool.facts["shards"] if entry["shard"] in set(shards))
+    step = max(1, rows // SAMPLED_ROWS)
+    logger.info(f"plan: tokenising every {step} of {rows:,} rows")
+    parts = ray.get([job.task(sample_shard, job.workspace, pool, name, job.config.model, step) for name in shards])
+    return pool_tokens(parts, pool.counts["unique"]), pa.concat_tables([part.tokens for part in parts])
+
+
+def _pair_lengths(job: Job, pairs: Pairs) -> dict[str, list[int]]:
+    targets = {target.name: target for target in job.config.targets}
+    found = [job.task(pair_tokens, job.config.model, targets[name], each) for name, each in pairs.items()]
+    return dict(zip(pairs, ray.get(found), strict=True))
+
+
+def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: Mapping[str, Sequence[int]]) -> Work:
+    config = job.config
+    entries = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
+    warmup = pinned_warmup(job)
+    missing, banks = list(entries), list(pairs)
+    if warmup is not None:
+        without_basis = missing_bases(job, warmup, pairs)
+        banks = missing_banks(job, warmup, pairs)
+        if not without_basis:
+            missing = list(missing_features(job, pool, warmup))
+    trains = warmup is None and config.warmup.adapters is None
+    kinds = config.gradients.projection.kind
+    dims = {"": config.gradients.projection.dim if kinds != "none" else job.identity.layout.num_parameters}
+    exact = {
+        target.name: _num_exact(job, target, pairs[target.name]) for target in config.targets if config.is_exact(target)
+    }
+    return Work(
+        actors=config.ray.actors,
+        workers=config.warmup.workers,
+        gpus=config.ray.gpus_per_actor,
+        num_checkpoints=len(config.warmup.adapters or []) or config.warmup.epochs,
+        num_parameters=job.identity.layout.num_parameters,
+        dims={**({} if kinds == "exact" else dims), **exact},
+        stored_dtype=config.gradients.stored_dtype,
+        shard_rows=[entries[shard] for shard in missing],
+        warmup_positions=warmup_positions(config.warmup, tokens.lengths, tokens.num_rows) if trains else 0,
+        warmup_start=0.0,
+        pair_tokens={name: sum(lengths[name]) for name in banks},
+        num_pairs={name: len(each) for name, each in pairs.items()},
+        to_score=list(pairs) if missing else banks,
+        num_subtasks={name: len({pair.subtask for pair in each}) for name, each in pairs.items()},
+        fraction=max(_fraction(target, tokens) for target in config.targets),
+    )
+
+
+def _num_exact(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> int:
+    per_subtask = job.config.gradients.exact_basis == "subtasks"
+    return len({pair.subtask for pair in pairs}) if per_subtask else 2 * len(pairs)
+
+
+def _fraction(target: TargetConfig, tokens: PoolTokens) -> float:
+    kind, amount = target.selection.budget
+    whole = {"fraction": 1.0, "count": tokens.num_scored, "tokens": tokens.num_tokens}[kind]
+    return min(1.0, amount / whole) if whole else 1.0
+
+
+class _Prober:
+    """Measures on as many actors at once as one node will hold: they share its memory and its cores."""
+
+    def __init__(
+        self, job: Job, work: Work, pairs: Pairs, lengths: Mapping[str, Sequence[int]], samples: pa.Table
+    ) -> None:
+        self.job, self.work, self.pairs, self.lengths, self.samples = job, work, pairs, lengths, samples
+        self.num_tokens = sum(len(ids) for ids in samples["input_ids"])
+
+    def rates(self) -> Rates:
+        """Probe scoring, pairs, training and reducing."""
+        configured = self.job.config.gradients.max_batch_tokens
+        projected = [SpaceSpec("probe")] if "" in self.work.dims else []
+        spec = self.job.spec(None, BANK_BATCH_TOKENS if configured == "auto" else configured, projected)
+        exact = [dim for name, dim in self.work.dims.items() if name]
+        number = actors_at_once(self.job.config, cluster_nodes())
+        logger.info(f"plan: probing {self.samples.num_rows} rows in each of {number} actors")
+        actors = [self.job.actor(ProbeActor, spec, exact) for _ in range(number)]
+        try:
+            started = time.monotonic()
+            ray.get([actor.ready.remote() for actor in actors])
+            start_up = time.monotonic() - started
+            need = ray.get(actors[0].need.remote())
+            budget = need.budget(MOST_TOKENS[spec.device]) if configured == "auto" else configured
+            scored = ray.get([actor.score.remote(self.samples, budget) for actor in actors])
+            pairs = {name: self._pair_rate(actors[0], name) for name in self.work.pair_tokens}
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+        return Rates(
+            scoring=sum(seconds for seconds, _ in scored) / number / self.num_tokens,
+            training=self._training(),
+            pairs=pairs,
+            reducing={name: self._reducing(scored[0][1], name) for name in self.work.to_score},
+            start_up=start_up,
+            peak_bytes=need.peak_bytes(budget),
+            available_bytes=need.available,
+            max_batch_tokens=budget,
+        )
+
+    def _pair_rate(self, actor: Any, name: str) -> float:
+        target = next(each for each in self.job.config.targets if each.name == name)
+        order = sorted(range(len(self.pairs[name])), key=lambda place: self.lengths[name][place])
+        step = max(1, len(order) // PROBED_PAIRS)
+        some = [self.pairs[name][place] for place in order[step // 2 :: step][:PROBED_PAIRS]]
+        rate: float = ray.get(actor.pairs.remote(target, some, self.work.num_checkpoints))
+        return rate
+
+    def _reducing(self, tables: Sequence[pa.Table], name: str) -> float:
+        spaces = list(self.work.dims)
+        table = tables[spaces.index(name if name in spaces else "")]
+        rows = max(self.work.shard_rows, default=self.job.config.pool.shard_rows)
+        seconds: float = ray.get(
+            self.job.task(time_reduction, self.job.workspace, table, rows, self.work.num_pairs[name])
+        )
+        return seconds
+
+    def _training(self) -> float:
+        job, config = self.job, self.job.config
+        record = job.workspace.write_table(f"{PROBE_FOLDER}/samples.parquet", self.samples)
+        settings = config.warmup.model_copy(update={"workers": 1, "epochs": 1, "adapters": None})
+        training = WarmupJob(
+            job.workspace,
+            PROBE_FOLDER,
+            record,
+            config.model,
+            config.lora,
+            settings,
+            device_of(config.ray),
+            config.ray.threads_per_actor,
+        )
+        seconds: float = ray.get(job.model_task(time_training, training))
+        return seconds

@@ -1,0 +1,177 @@
+"""Small measurements in the cluster's own workers, with the resources and the model that the stages will have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from rose_ray.config.models import ModelConfig, TargetConfig
+from rose_ray.data.preferences import PreferencePair
+from rose_ray.distributed.actors import BankActor, ScoringSpec, cached_tokeniser
+from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group
+from rose_ray.distributed.warmup import WarmupJob, WarmupTrainer
+from rose_ray.kernels.influence import influence
+from rose_ray.kernels.projection import Projection
+from rose_ray.kernels.span import SpanProjection
+from rose_ray.model.checkpoint import Checkpoint, OptimizerState
+from rose_ray.model.layout import ParameterLayout
+from rose_ray.model.memory import memory_meter
+from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, reference_logps
+from rose_ray.stages.budget import MemoryNeed, memory_need
+from rose_ray.stages.features import shard_features, tokenize_shard
+from rose_ray.stages.plan import PoolTokens, num_positions
+from rose_ray.stages.pool import read_pool_shard
+from rose_ray.stages.score import normalized_features
+from rose_ray.stores.manifest import Manifest
+from rose_ray.stores.workspace import Workspace
+
+PROBE_FOLDER = "probe"
+"""Where a probe writes in the workspace; deleted when it is done."""
+
+
+@dataclass(frozen=True)
+class SampledShard:
+    """Samples of every so many-th row of a shard."""
+
+    tokens: pa.Table
+    num_rejected: int
+    seconds: float
+
+
+def sample_shard(workspace: Workspace, pool: Manifest, shard: str, model: ModelConfig, step: int) -> SampledShard:
+    """Tokenise every ``step``-th row of a shard; the seconds are those of tokenising alone."""
+    table = read_pool_shard(workspace, pool, shard, columns=["row_id", "conversation"])
+    rows = table.take(pa.array(range(0, table.num_rows, step), pa.int64()))
+    tokeniser = cached_tokeniser(model)
+    start = time.monotonic()
+    tokens, rejected = tokenize_shard(rows, tokeniser)
+    return SampledShard(tokens, rejected.num_rows, time.monotonic() - start)
+
+
+def pool_tokens(parts: Sequence[SampledShard], num_rows: int) -> PoolTokens:
+    """Join the samples of several shards."""
+    lengths = sorted(len(ids) for part in parts for ids in part.tokens["input_ids"])
+    cut = sum(int(np.sum(part.tokens["num_tokens_cut"].to_numpy() > 0)) for part in parts)
+    return PoolTokens(num_rows, lengths, sum(part.num_rejected for part in parts), cut)
+
+
+def evenly(tokens: pa.Table, number: int) -> pa.Table:
+    """Return so many samples, evenly spaced by length: their mean is the table's."""
+    order = np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable")
+    if len(order) > number:
+        order = order[((np.arange(number) + 0.5) * len(order) / number).astype(int)]
+    return tokens.take(pa.array(order))
+
+
+def pair_tokens(model: ModelConfig, target: TargetConfig, pairs: Sequence[PreferencePair]) -> list[int]:
+    """Return the tokens of each pair, both sides together."""
+    return [_num_tokens([pair]) for pair in encode_pairs(pairs, cached_tokeniser(model), target)]
+
+
+def _num_tokens(encoded: Sequence[EncodedPair]) -> int:
+    return sum(len(side.input_ids) for pair in encoded for side in (pair.chosen, pair.rejected))
+
+
+def made_up_checkpoint(layout: ParameterLayout) -> Checkpoint:
+    """Return weights and moments of the size that training leaves, where no warm-up is at hand yet."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(scale: float) -> dict[str, torch.Tensor]:
+        return {name: scale * torch.randn(shape, generator=generator) for name, shape in layout.shapes}
+
+    second = {name: tensor.square() for name, tensor in drawn(1e-4).items()}
+    return Checkpoint("probe", drawn(0.02), drawn(1e-4), second, OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1))
+
+
+class ProbeActor(BankActor):
+    """Scores a few rows as a scoring actor does, and a few pairs as the bank's actor does.
+
+    Args:
+        spec: Its ``spaces`` hold the projected one, if there is one.
+        num_exact: Directions of each exact target: their bases are random here, of the size that they will have.
+    """
+
+    def __init__(self, spec: ScoringSpec, num_exact: Sequence[int]) -> None:
+        super().__init__(spec)
+        self.num_exact = num_exact
+        self.checkpoints = [made_up_checkpoint(spec.layout)]
+
+    def ready(self) -> bool:
+        """Load the model."""
+        return self.model is not None
+
+    def _maps(self) -> list[Projection]:
+        size = self.spec.layout.num_parameters
+        bases = [torch.nn.functional.normalize(torch.randn(number, size), dim=1) for number in self.num_exact]
+        projected = [self.projections(space)[0] for space in self.spec.spaces]
+        return [*projected, *(SpanProjection(basis, "probe") for basis in bases)]
+
+    def need(self) -> MemoryNeed:
+        """Return what batches take of this actor's device, and what there is."""
+        run, length = self.longest_rows(self._maps())
+        return memory_need(run, length, memory_meter(self.model.device), self.spec.memory_share)
+
+    def score(self, tokens: pa.Table, max_batch_tokens: int) -> tuple[float, list[pa.Table]]:
+        """Return the seconds that these samples take at one checkpoint, and their features by space."""
+        settings = replace(self.direction_settings(), max_batch_tokens=max_batch_tokens)
+        spaces = [[projection] for projection in self._maps()]
+        for part in (tokens.slice(0, 4), tokens):  # the first warms up
+            start = time.monotonic()
+            made = shard_features(self.model, part, self.checkpoints, self.spec.layout, spaces, settings)
+        return time.monotonic() - start, [tables[0] for tables in made.tables]
+
+    def pairs(self, target: TargetConfig, pairs: Sequence[PreferencePair], num_checkpoints: int) -> float:
+        """Return the seconds a token of these pairs at one checkpoint, with its part of the reference."""
+        encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
+        start = time.monotonic()
+        reference_V2 = reference_logps(self.model, encoded, max_batch_tokens=self.spec.max_batch_tokens)
+        reference = time.monotonic() - start
+        pair_gradients(
+            self.model,
+            encoded,
+            self.checkpoints[0],
+            self.spec.layout,
+            self._maps()[0],
+            max_batch_tokens=self.spec.max_batch_tokens,
+            reference_V2=reference_V2,
+            half_precision_beta=None,
+        )
+        gradients = time.monotonic() - start - reference
+        return (gradients + reference / num_checkpoints) / _num_tokens(encoded)
+
+
+def time_reduction(workspace: Workspace, features: pa.Table, num_rows: int, num_pairs: int) -> float:
+    """Return the seconds a row that reading features and multiplying them with a bank takes.
+
+    Args:
+        workspace: Where the features lie meanwhile.
+        features: Of a few rows; repeated until there are ``num_rows``.
+        num_rows: Of a shard.
+        num_pairs: Of the target.
+    """
+    copies = -(-num_rows // features.num_rows)
+    table = pa.concat_tables([features] * copies).slice(0, num_rows)
+    record = workspace.write_table(f"{PROBE_FOLDER}/features.parquet", table)
+    directions_UD = np.random.default_rng(0).standard_normal(
+        (num_pairs, normalized_features(features, "exact").shape[1])
+    )
+    start = time.monotonic()
+    influence(normalized_features(workspace.read_table(record.path, record), "exact"), directions_UD)
+    return (time.monotonic() - start) / num_rows
+
+
+def time_training(job: WarmupJob) -> float:
+    """Return the seconds a position, padding included, that a warm-up worker takes for its samples."""
+    torch.set_num_threads(job.threads)
+    deepspeed_in_group(job.device, ProcessGroup())
+    trainer = WarmupTrainer(job, rank=0, num_workers=1)
+    trainer.step(trainer.steps[0])
+    start = time.monotonic()
+    for step in trainer.steps:
+        trainer.step(step)
+    return (time.monotonic() - start) / num_positions(trainer.steps, [len(each.input_ids) for each in trainer.samples])

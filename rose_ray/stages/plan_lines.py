@@ -1,0 +1,99 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work
+
+_BAR = 40
+"""Characters of the longest bar of the histogram."""
+
+
+def plan_lines(tokens: PoolTokens, work: Work, rates: Rates | None, plan: Plan, num_shards: int) -> Iterator[str]:
+    """The whole report."""
+    yield from _token_lines(tokens, num_shards)
+    yield from _work_lines(work, num_shards)
+    yield from _size_lines(plan)
+    if rates is None:
+        yield "no probe: no times and no memory"
+        return
+    yield from _memory_lines(rates)
+    yield from _time_lines(work, plan)
+
+
+def _token_lines(tokens: PoolTokens, num_shards: int) -> Iterator[str]:
+    """Rows, shards, and the histogram of lengths."""
+    sampled = tokens.num_sampled
+    yield f"pool: {tokens.num_rows:,} unique rows in {num_shards:,} shards"
+    if not tokens.lengths:
+        yield f"none of {sampled:,} sampled rows makes a sample"
+        return
+    which = "all" if sampled == tokens.num_rows else f"{sampled:,} sampled"
+    yield (
+        f"tokens: {tokens.num_tokens:,} at one checkpoint, {tokens.num_tokens / tokens.num_scored:,.0f} a row "
+        f"({which} rows: {tokens.num_rejected:,} rejected, {tokens.num_cut:,} cut)"
+    )
+    histogram = tokens.histogram()
+    width, most = max(len(name) for name, _ in histogram), max(share for _, share in histogram)
+    for name, share in histogram:
+        yield f"  {name:>{width}}  {share:>6.1%}  {'#' * round(_BAR * share / most)}".rstrip()
+
+
+def _work_lines(work: Work, num_shards: int) -> Iterator[str]:
+    """What is done and what is left."""
+    left = len(work.shard_rows)
+    yield (
+        f"to do: warm-up {'yes' if work.warmup_positions else 'no'}; banks of {len(work.pair_tokens)} of "
+        f"{len(work.num_pairs)} targets; features of {left:,} of {num_shards:,} shards, "
+        f"{sum(work.shard_rows):,} rows x {work.num_checkpoints} checkpoints"
+    )
+
+
+def _time_lines(work: Work, plan: Plan) -> Iterator[str]:
+    """Seconds and device hours by stage, and when selecting pays for itself."""
+    device = "GPU" if work.gpus else "actor"
+    width = max((len(stage) for stage in plan.seconds), default=5)
+    yield f"{'stage':<{width}}   wall time  {device}-hours"
+    for stage, seconds in plan.seconds.items():
+        hours = plan.device_hours.get(stage)
+        yield f"{stage:<{width}}  {duration(seconds):>10}  {'' if hours is None else f'{hours:>10,.3g}'}".rstrip()
+    total = sum(plan.device_hours.values())
+    yield f"{'in all':<{width}}  {duration(sum(plan.seconds.values())):>10}  {total:>10,.3g}"
+    if plan.training_hours is not None and plan.break_even_epochs is not None:
+        whole, part = plan.training_hours
+        yield (
+            f"training this adapter for an epoch: {whole:,.3g} {device}-hours on all rows, {part:,.3g} on "
+            f"{work.fraction:.1%} of them; selecting pays for itself after {plan.break_even_epochs:,.2g} epochs"
+        )
+
+
+def _size_lines(plan: Plan) -> Iterator[str]:
+    """Bytes of each kind of artefact."""
+    yield "sizes, before compression: " + ", ".join(f"{name} {_bytes(size)}" for name, size in plan.num_bytes.items())
+
+
+def _memory_lines(rates: Rates) -> Iterator[str]:
+    """Peak memory of an actor, and whether it fits."""
+    fits = rates.peak_bytes <= rates.available_bytes
+    yield (
+        f"memory of an actor: {_bytes(rates.peak_bytes)} at batches of {rates.max_batch_tokens:,} tokens, "
+        f"{_bytes(rates.available_bytes)} available: {'fits' if fits else 'DOES NOT FIT'}"
+    )
+    if not fits:
+        yield "lower gradients.max_batch_tokens or model.max_tokens, or raise ray.gpus_per_actor or model.deepspeed"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"

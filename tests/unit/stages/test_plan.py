@@ -1,0 +1,154 @@
+"""A plan is arithmetic: every number here is worked out by hand."""
+
+import pytest
+
+from rose_ray.config.models import WarmupConfig
+from rose_ray.stages.plan import (
+    PoolTokens,
+    Rates,
+    Work,
+    artefact_bytes,
+    features_seconds,
+    makespan,
+    num_positions,
+    predict,
+    stored_bytes,
+    warmup_positions,
+)
+from rose_ray.stages.plan_lines import duration, plan_lines
+from rose_ray.stages.warmup import plan_training
+
+TOKENS = PoolTokens(num_rows=1000, lengths=[50, 100, 150, 100], num_rejected=1, num_cut=2)
+"""Four in five of 1,000 rows are scored: 800 of 100 tokens."""
+
+RATES = Rates(
+    scoring=1e-3,
+    training=2e-3,
+    pairs={"a": 3e-3, "b": 4e-3},
+    reducing={"a": 1e-4, "b": 2e-4},
+    start_up=10.0,
+    peak_bytes=3 * 10**9,
+    available_bytes=8 * 10**9,
+    max_batch_tokens=4096,
+)
+
+WORK = Work(
+    actors=2,
+    workers=2,
+    gpus=1.0,
+    num_checkpoints=4,
+    num_parameters=1000,
+    dims={"": 1024, "b": 16},
+    stored_dtype="float16",
+    shard_rows=[500, 250, 250],
+    warmup_positions=6000,
+    warmup_start=12.0,
+    pair_tokens={"a": 1000, "b": 500},
+    num_pairs={"a": 10, "b": 5},
+    to_score=["a", "b"],
+    num_subtasks={"a": 2, "b": 1},
+    fraction=0.05,
+)
+
+
+def test_the_sample_speaks_for_the_pool() -> None:
+    assert TOKENS.num_sampled == 5
+    assert TOKENS.num_scored == 800
+    assert TOKENS.num_tokens == 80_000
+
+
+def test_the_histogram_covers_every_sample_and_leaves_out_empty_ends() -> None:
+    tokens = PoolTokens(6, [1, 64, 65, 128, 600, 40_000], 0, 0)
+    histogram = dict(tokens.histogram())
+    assert list(histogram)[:2] == ["1-64", "65-128"]
+    assert histogram["1-64"] == histogram["65-128"] == pytest.approx(2 / 6)
+    assert histogram["129-256"] == 0
+    assert histogram["513-1,024"] == histogram["> 32,768"] == pytest.approx(1 / 6)
+    assert sum(histogram.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("durations", "workers", "end"),
+    [([], 2, 0), ([3.0], 4, 3), ([1.0, 1.0, 1.0], 2, 2), ([5.0, 1.0, 1.0, 1.0], 2, 5), ([2.0] * 6, 3, 4)],
+)
+def test_makespan(durations: list[float], workers: int, end: float) -> None:
+    assert makespan(durations, workers) == end
+
+
+def test_seconds_by_stage() -> None:
+    seconds = predict(WORK, TOKENS, RATES).seconds
+    assert seconds["warmup"] == pytest.approx(12 + 6000 * 2e-3 / 2)
+    assert seconds["bank a"] == pytest.approx(10 + 1000 * 4 * 3e-3)  # the model is loaded once
+    assert seconds["bank b"] == pytest.approx(500 * 4 * 4e-3)
+    # A row of 100 tokens takes 0.4 s at four checkpoints, and four in five are scored: 160 s, then 80 s beside 80 s.
+    assert seconds["features"] == pytest.approx(10 + 160)
+    assert features_seconds(WORK, TOKENS, RATES) == seconds["features"]
+    assert seconds["score a"] == pytest.approx(800 * 4 * 1e-4)
+    assert seconds["score b"] == pytest.approx(800 * 4 * 2e-4)
+
+
+def test_device_hours_count_every_device_for_as_long_as_its_stage_takes() -> None:
+    plan = predict(WORK, TOKENS, RATES)
+    assert plan.device_hours["features"] == pytest.approx(2 * plan.seconds["features"] / 3600)
+    assert plan.device_hours["bank a"] == pytest.approx(plan.seconds["bank a"] / 3600)
+    assert "score a" not in plan.device_hours
+
+
+def test_break_even_is_where_the_saved_training_equals_the_cost() -> None:
+    plan = predict(WORK, TOKENS, RATES)
+    whole = 80_000 * 2e-3 / 3600
+    assert plan.training_hours == pytest.approx((whole, 0.05 * whole))
+    assert plan.break_even_epochs is not None
+    saved = plan.break_even_epochs * 0.95 * whole
+    assert saved == pytest.approx(sum(plan.device_hours.values()))
+
+
+def test_what_is_there_costs_nothing() -> None:
+    done = Work(**{**vars(WORK), "shard_rows": [], "warmup_positions": 0, "pair_tokens": {}, "to_score": []})
+    plan = predict(done, TOKENS, RATES)
+    assert plan.seconds == {} and plan.break_even_epochs == 0
+
+
+def test_without_a_probe_there_are_sizes_and_no_times() -> None:
+    plan = predict(WORK, TOKENS, None)
+    assert plan.seconds == {} and plan.break_even_epochs is None
+    assert plan.num_bytes == artefact_bytes(WORK, TOKENS)
+    assert plan.num_bytes["warmup"] == 3 * 4 * 1000 * 4
+    assert plan.num_bytes["bank"] == 15 * 2 * 4 * 1024 * 4
+    assert plan.num_bytes["features"] == 800 * 4 * (2048 + 64 + 104 * 2)
+    assert any("no probe" in line for line in plan_lines(TOKENS, WORK, None, plan, 3))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 64), ("float16", 32), ("int8", 20), ("bit1", 6)])
+def test_stored_bytes(dtype: str, size: int) -> None:
+    assert stored_bytes(16, dtype) == size  # type: ignore[arg-type]
+
+
+def test_positions_of_a_warm_up_are_those_of_its_plan() -> None:
+    settings = WarmupConfig(fraction=0.5, epochs=3, batch_size=4, max_batch_tokens=300)
+    lengths = [100] * 40
+    steps = plan_training(
+        [str(row) for row in range(20)],
+        lengths[:20],
+        epochs=1,
+        batch_size=4,
+        max_batch_tokens=300,
+        num_workers=2,
+        learning_rate=1e-3,
+        warmup_ratio=0.0,
+        seed=0,
+    )
+    assert num_positions(steps, lengths) == 20 * 100
+    assert warmup_positions(settings, lengths, 40) == 3 * 20 * 100
+
+
+def test_the_report_says_what_does_not_fit() -> None:
+    tight = Rates(**{**vars(RATES), "available_bytes": 10**9})
+    text = "\n".join(plan_lines(TOKENS, WORK, tight, predict(WORK, TOKENS, tight), 3))
+    assert "DOES NOT FIT" in text and "gradients.max_batch_tokens" in text
+    assert "1,000 unique rows in 3 shards" in text and "GPU-hours" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.0, "3.0 s"), (600, "10.0 min"), (36000, "10.0 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
