@@ -76,9 +76,9 @@ class StageTimes:
 
     Attributes:
         whole: Of the stage, as the job reports it.
-        start_up: Until the first shard begins in an actor: workers starting, imports, the first tokens.
-        span: From the first shard's start to the last one's end.
-        computing, writing: Of all actors together; the first shard's loading of model and checkpoints is in neither.
+        start_up: Until the first actor computes: workers starting, imports, the first tokens, model and checkpoints.
+        span: From then to the last shard's end.
+        computing, writing: Of all actors together.
         idle_share: Part of the actors' span, start to end for all of them, in which an actor had no shard.
     """
 
@@ -105,9 +105,9 @@ def on_ray(job: Job, pool: Manifest, warmup: Manifest, tokens: int) -> StageTime
         assert receipt is not None
         end = datetime.fromisoformat(receipt.created_at).timestamp()
         facts = receipt.facts
-        spans[facts["host"], facts["pid"]].append((end - receipt.seconds, end))
+        spans[facts["host"], facts["pid"]].append((end - receipt.seconds + facts["load_seconds"], end))
         computing += facts["compute_seconds"]
-        writing += receipt.seconds - facts["compute_seconds"]
+        writing += receipt.seconds - facts["load_seconds"] - facts["compute_seconds"]
     first = min(start for each in spans.values() for start, _ in each)
     last = max(end for each in spans.values() for _, end in each)
     busy = sum(end - start for each in spans.values() for start, end in each)

@@ -144,8 +144,9 @@ class ScoringActor(_ModelHolder):
         start = time.monotonic()
         spec = self.spec
         wanted = [spec.spaces[number] for number in spaces]
-        maps = [self.projections(space) for space in wanted]
-        features = shard_features(self.model, tokens, self.checkpoints, spec.layout, maps, self.settings)
+        maps, model = [self.projections(space) for space in wanted], self.model
+        loaded = time.monotonic()
+        features = shard_features(model, tokens, self.checkpoints, spec.layout, maps, self.settings)
         if spec.device == "cuda":
             # What did not fit will not fit in the next shard either. Not on the CPU, where a shard's bytes must not
             # depend on what its actor did before.
@@ -163,7 +164,8 @@ class ScoringActor(_ModelHolder):
             "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
             "num_positions": features.num_positions,
             "num_halvings": features.num_halvings,
-            "compute_seconds": round(computed - start, 3),
+            "load_seconds": round(loaded - start, 3),
+            "compute_seconds": round(computed - loaded, 3),
             "ended_at": round(time.time(), 3),
         }
         num_bytes = 0
