@@ -16,7 +16,7 @@ COPY --chown=1000:100 rose_ray/__init__.py rose_ray/
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN pip install -c constraints.txt torch setuptools wheel hatchling editables \
     && DS_BUILD_OPS=0 pip install --no-build-isolation -c constraints.txt deepspeed \
-    && pip install --no-build-isolation -c constraints.txt .
+    && pip install --no-build-isolation -c constraints.txt '.[s3]'
 
 COPY --chown=1000:100 rose_ray rose_ray
 COPY --chown=1000:100 jobs jobs

@@ -73,6 +73,10 @@ class NewerFormatError(StoreError):
     """The workspace was written by a later version of rose_ray."""
 
 
+class LeaseError(StoreError):
+    """Another run holds the workspace, or took it over from this one, or nothing can keep two runs apart on it."""
+
+
 class SpaceMismatchError(StoreError):
     """Features and bank were made with different weights, layout or projection."""
 

@@ -41,6 +41,7 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "gradients.packing": (),
     "gradients.kernel": (),
     "ray": (),
+    "lease": (),
 }
 
 

@@ -301,6 +301,17 @@ class RayConfig(Strict):
         return value
 
 
+class LeaseConfig(Strict):
+    """What keeps two runs from writing to one workspace at the same time."""
+
+    enabled: bool = Field(
+        True, description="Hold the workspace while a run is at work; needs a local or shared folder, or S3 with boto3."
+    )
+    term_seconds: float = Field(
+        60.0, gt=0, description="A run that was not heard of for so long, on another machine, is taken over from."
+    )
+
+
 class JobConfig(Strict):
     """The whole YAML."""
 
@@ -318,6 +329,7 @@ class JobConfig(Strict):
     warmup: WarmupConfig = Field(default_factory=WarmupConfig, description="The training that yields the checkpoints.")
     gradients: GradientConfig = Field(default_factory=GradientConfig, description="From gradient to feature.")
     ray: RayConfig = Field(default_factory=RayConfig, description="Where the job runs.")
+    lease: LeaseConfig = Field(default_factory=LeaseConfig, description="One run at a time on a workspace.")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> JobConfig:

@@ -30,6 +30,7 @@ from rose_ray.distributed.probe import (
     time_training,
 )
 from rose_ray.distributed.resources import actors_at_once, check_resources, cluster_nodes
+from rose_ray.distributed.run import open_workspace
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.warmup import WarmupJob
@@ -40,7 +41,6 @@ from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.plans import write_plan
-from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +92,18 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
     Raises:
         RoseError: As in `run_job`.
     """
-    workspace = Workspace.open(config.workspace, create=True)
-    job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
-    try:
-        with ray_session(config.ray):
-            check_resources(config, cluster_nodes())
-            made = _plan(job, probe_rows)
-    except Exception as error:
-        cause = root_cause(error)
-        raise (cause if isinstance(cause, RoseError | OSError) else error) from None
-    if made.rates is not None:
-        write_plan(workspace, config.model_dump(mode="json"), made.plan.as_json())
-    return made
+    with open_workspace(config) as workspace:
+        job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
+        try:
+            with ray_session(config.ray):
+                check_resources(config, cluster_nodes())
+                made = _plan(job, probe_rows)
+        except Exception as error:
+            cause = root_cause(error)
+            raise (cause if isinstance(cause, RoseError | OSError) else error) from None
+        if made.rates is not None:
+            write_plan(workspace, config.model_dump(mode="json"), made.plan.as_json())
+        return made
 
 
 def _plan(job: Job, probe_rows: int) -> JobPlan:

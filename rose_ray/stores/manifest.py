@@ -41,6 +41,7 @@ class Manifest:
         seconds: Wall time of the stage, in seconds.
         versions: Versions of rose_ray and the packages it computed with.
         created_at: UTC time, ISO 8601.
+        fencing_number: Lease of the run that made it; see ``stores/lease.py``.
     """
 
     stage: str
@@ -53,6 +54,7 @@ class Manifest:
     versions: dict[str, str]
     created_at: str
     folder: str = field(default="")
+    fencing_number: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -108,6 +110,7 @@ def commit_artefact(
             versions=package_versions(),
             created_at=utc_now(),
             folder=folder or f"{stage}/{key}",
+            fencing_number=workspace.fencing_number,
         ),
     )
 

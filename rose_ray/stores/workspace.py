@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from rose_ray.errors import AlteredFileError, NewerFormatError, StoreError
+from rose_ray.errors import AlteredFileError, LeaseError, NewerFormatError, StoreError
 from rose_ray.filesystem import Location, child, locate, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
 """Version of the workspace layout. Readers refuse a higher one."""
 
 _FORMAT_FILE = "rose_ray.json"
+_LEASE_FOLDER = "lease"
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,38 @@ class FileRecord:
     num_rows: int = -1
 
 
+def lease_path(number: int) -> str:
+    """Return the file of lease ``number``, relative to the workspace."""
+    return f"{_LEASE_FOLDER}/{number:08d}.json"
+
+
+def leases(workspace: Workspace) -> list[int]:
+    """Return the numbers of all leases ever taken, rising."""
+    names = (posixpath.basename(path) for path in workspace.list_folder(_LEASE_FOLDER))
+    return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+
+
 class Workspace:
     """Read and write artefacts below one location. Cheap to pickle and to open again in another process."""
 
-    def __init__(self, root: Location) -> None:
-        self.root = root
+    def __init__(self, root: Location, fencing_number: int | None = None) -> None:
+        self.root, self.fencing_number = root, fencing_number
+
+    def fenced(self, number: int) -> Workspace:
+        """Return the same workspace for a run that holds lease ``number``."""
+        return Workspace(self.root, number)
+
+    def check_fence(self) -> None:
+        """Make sure that no later run has taken this workspace over.
+
+        Raises:
+            LeaseError: One has.
+        """
+        if self.fencing_number is not None and self.exists(lease_path(self.fencing_number + 1)):
+            raise LeaseError(
+                f"workspace {self.root.name!r}: another run took it over while this one, lease {self.fencing_number}, "
+                "was out of touch. This run ends; the other goes on with what it finished."
+            )
 
     @classmethod
     def open(cls, name: str, *, create: bool = False, relative_to: str = "") -> Workspace:
@@ -107,7 +135,12 @@ class Workspace:
         return sorted(posixpath.relpath(info.path, self.root.path) for info in infos)
 
     def write(self, path: str, data: bytes, *, num_rows: int = -1) -> FileRecord:
-        """Write a file atomically and return its record."""
+        """Write a file atomically and return its record.
+
+        Raises:
+            LeaseError: A later run has taken the workspace over.
+        """
+        self.check_fence()
         write_bytes(self.location(path), data)
         return FileRecord(path, len(data), hashlib.sha256(data).hexdigest(), num_rows)
 

@@ -8,10 +8,12 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from rose_ray.errors import DataError, StoreError
+from rose_ray.errors import DataError, LeaseError, StoreError
+from rose_ray.exclusive import create_exclusively
 from rose_ray.filesystem import expand, locate, read_bytes
 from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
 from rose_ray.stages.pool import read_pool_shard, settle_pool
+from rose_ray.stores.lease import held
 from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
 
@@ -68,3 +70,14 @@ def test_a_rewritten_file_is_whole(bucket):
         assert read_bytes(locate(bucket("ws/some/file"))) == content
     assert workspace.is_intact(record)
     assert workspace.list_folder("some") == ["some/file"]
+
+
+def test_one_run_at_a_time_holds_a_bucket(bucket):
+    workspace = Workspace.open(bucket("leased"), create=True)
+    with held(workspace, 3600.0) as fenced:
+        assert fenced.fencing_number == 1
+        with pytest.raises(LeaseError, match="another run is at work on it"), held(workspace, 3600.0):
+            pass
+    with held(workspace, 3600.0) as fenced:
+        assert fenced.fencing_number == 2
+        assert not create_exclusively(workspace.root, "lease/00000002.json", b"")
