@@ -29,6 +29,8 @@ _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a
 _NewWarmup = Annotated[
     bool, typer.Option("--new-warmup", help="Choose the warm-up's rows anew from today's pool, and train on them.")
 ]
+_Target = Annotated[str, typer.Argument(help="Name of a target, or training_set.")]
+_Version = Annotated[int, typer.Argument(help="Number of a version, as `rose-ray selections` lists them.")]
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -222,6 +224,76 @@ def explain(
 
 @app.command()
 @_reported
+def selections(config: _Config, overrides: _Set = None) -> None:
+    """List the versions of every target's selection."""
+    from rose_ray.stages.drift_lines import version_lines
+
+    for line in version_lines(_workspace(config, overrides)):
+        typer.echo(line)
+
+
+@app.command()
+@_reported
+def diff(
+    config: _Config,
+    target: _Target,
+    old: Annotated[str, typer.Argument(help="Number of a version, latest, or previous.")] = "previous",
+    new: Annotated[str, typer.Argument(help="The same.")] = "latest",
+    out: Annotated[str | None, typer.Option(help="Write the report as JSON to this file too.")] = None,
+    overrides: _Set = None,
+) -> None:
+    """Say what changed between two versions of a target's selection."""
+    from rose_ray.stages.drift import drift
+    from rose_ray.stages.drift_lines import drift_lines
+    from rose_ray.stores.history import find_version, read_version
+
+    workspace = _workspace(config, overrides)
+    before, after = (find_version(workspace, target, wanted) for wanted in (old, new))
+    found = drift(workspace, *(read_version(workspace, target, version) for version in (before, after)))
+    for line in drift_lines(target, before, after, found):
+        typer.echo(line)
+    if out is not None:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(found.as_json(), file, indent=2)
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
+@_reported
+def restore(config: _Config, target: _Target, version: _Version, overrides: _Set = None) -> None:
+    """Make an older version of a target's selection the latest again."""
+    from rose_ray.config import load_config
+    from rose_ray.stages.restore import restore_version
+    from rose_ray.stores.lease import opened
+
+    loaded = load_config(config, overrides or [])
+    with opened(loaded.workspace, loaded.lease.term) as workspace:
+        now = restore_version(workspace, target, version)
+    typer.echo(f"{target}: version {now.number} restores version {now.restores}: {now.folder}")
+
+
+@app.command()
+@_reported
+def gc(
+    config: _Config,
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions of each selection to keep.")] = 5,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")] = False,
+    overrides: _Set = None,
+) -> None:
+    """Remove what neither the kept selections nor the last finished run need."""
+    from rose_ray.config import load_config
+    from rose_ray.stages.collect import collect_garbage
+    from rose_ray.stores.lease import opened
+
+    loaded = load_config(config, overrides or [])
+    # Looking needs no lease.
+    with opened(loaded.workspace, loaded.lease.term if delete else None) as workspace:
+        for line in collect_garbage(workspace, keep, delete=delete):
+            typer.echo(line)
+
+
+@app.command()
+@_reported
 def demo(
     directory: Annotated[str, typer.Argument(help="Folder for everything the demo makes.")] = "demo-run",
     seed: Annotated[int, typer.Option(help="Seed of the generated data and model.")] = 0,
@@ -230,6 +302,13 @@ def demo(
     from rose_ray.distributed.demo import run_demo
 
     run_demo(directory, seed)
+
+
+def _workspace(config: str, overrides: list[str] | None) -> Any:
+    from rose_ray.config import load_config
+    from rose_ray.stores.workspace import Workspace
+
+    return Workspace.open(load_config(config, overrides or []).workspace)
 
 
 def _run(

@@ -311,6 +311,11 @@ class LeaseConfig(Strict):
         60.0, gt=0, description="A run that was not heard of for so long, on another machine, is taken over from."
     )
 
+    @property
+    def term(self) -> float | None:
+        """``term_seconds``, or None where no lease is held."""
+        return self.term_seconds if self.enabled else None
+
 
 class JobConfig(Strict):
     """The whole YAML."""

@@ -56,14 +56,15 @@ def make_features(
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
         _compute(spec, pool, missing, skipped, job.config.ray)
     for number, (name, feature_set) in enumerate(sets.items()):
-        reused = not any(number in lacking for lacking in missing.values())
+        made = {shard for shard, lacking in missing.items() if number in lacking}
         stage = f"features {name}".strip()
-        _account_features(job, pool, stage, feature_set.key, skipped, started, reused=reused)
+        _account_features(job, pool, stage, feature_set.key, skipped, started, made)
 
 
 def _account_features(
-    job: Job, pool: Manifest, stage: str, key: str, skipped: dict[str, list[str]], started: float, *, reused: bool
+    job: Job, pool: Manifest, stage: str, key: str, skipped: dict[str, list[str]], started: float, made: set[str]
 ) -> None:
+    reused, passes = not made, 0
     totals = {"rows": 0, "scored": 0, "rejected": 0}
     facts = {"num_rows_cut": 0, "num_tokens": 0, "num_positions": 0, "num_halvings": 0}
     num_bytes = 0
@@ -74,6 +75,8 @@ def _account_features(
         totals = {name: totals[name] + receipt.counts[name] for name in totals}
         facts = {name: facts[name] + receipt.facts[name] for name in facts}
         num_bytes += receipt.num_bytes
+        if entry["shard"] in made:
+            passes += receipt.counts["scored"] * (len(receipt.files) - 1)  # a file a checkpoint, and the rejected rows
     if totals["rows"] != totals["scored"] + totals["rejected"]:
         raise AccountingError(
             f"{stage}: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
@@ -81,6 +84,7 @@ def _account_features(
     seconds = round(time.monotonic() - started, 3)
     _write_summary(job.workspace, pool, key, {**totals, **facts, "num_bytes": num_bytes}, seconds, reused=reused)
     totals[f"cut at {job.config.model.max_tokens} tokens"] = facts["num_rows_cut"]
+    totals["gradient passes"] = passes
     if facts["num_halvings"]:
         totals["batches halved for memory"] = facts["num_halvings"]
     job.record(StageRecord(stage, key, f"features/{key}", reused, seconds, totals, num_bytes))

@@ -30,7 +30,6 @@ from rose_ray.distributed.probe import (
     time_training,
 )
 from rose_ray.distributed.resources import actors_at_once, check_resources, cluster_nodes
-from rose_ray.distributed.run import open_workspace
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.warmup import WarmupJob
@@ -39,6 +38,7 @@ from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections
+from rose_ray.stores.lease import opened
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.plans import write_plan
 
@@ -92,7 +92,7 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
     Raises:
         RoseError: As in `run_job`.
     """
-    with open_workspace(config) as workspace:
+    with opened(config.workspace, config.lease.term, create=True) as workspace:
         job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
         try:
             with ray_session(config.ray):

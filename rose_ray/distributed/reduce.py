@@ -10,9 +10,13 @@ import ray
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.tasks import score_target, select_target
+from rose_ray.stages.drift import drift
+from rose_ray.stages.drift_lines import short_drift
 from rose_ray.stages.score import SCORE_VERSION
 from rose_ray.stages.select import SELECT_VERSION
+from rose_ray.stores.history import Version, latest_version, make_latest, read_version
 from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
+from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +93,18 @@ def _select(job: Job, pool: Manifest, name: str, targets: list[str], selection: 
     if chosen is None:
         chosen = ray.get(job.task(select_target, job.workspace, pool, scores, name, selection, made_from, folder))
     assert chosen is not None
-    job.workspace.write_json(f"selections/{name}/latest.json", {"folder": folder})
+    before = latest_version(job.workspace, name)
+    now = make_latest(job.workspace, name, chosen, pool.key)
     job.result.selections[name] = chosen
     job.note(f"select {name}", chosen, started, reused=reused)
+    if before is not None and before != now:
+        text = ray.get(job.task(_drift_text, job.workspace, name, before, now))
+        logger.info(f"{name}: version {before.number} -> {now.number}: {text}")
     for warning in chosen.facts["summary"]["warnings"]:
         logger.warning(f"{name}: {warning}")
+
+
+def _drift_text(workspace: Workspace, name: str, before: Version, now: Version) -> str:
+    if find_manifest(workspace, before.folder) is None:
+        return f"the files of version {before.number} are gone"
+    return short_drift(drift(workspace, *(read_version(workspace, name, each) for each in (before, now))))

@@ -7,8 +7,7 @@ nothing, a new target computes its bank and scores, a changed setting computes b
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
 
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.models import JobConfig
@@ -23,7 +22,7 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
 from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.selection_check import check_selections
-from rose_ray.stores.lease import held
+from rose_ray.stores.lease import opened
 from rose_ray.stores.runs import last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
@@ -44,20 +43,8 @@ def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: 
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
         OSError: A file cannot be read or written, for instance because the disk is full.
     """
-    with open_workspace(config) as workspace:
+    with opened(config.workspace, config.lease.term, create=True) as workspace:
         return _run_held(workspace, config, stages, new_warmup)
-
-
-@contextmanager
-def open_workspace(config: JobConfig) -> Iterator[Workspace]:
-    """Open a job's workspace for writing, and hold it.
-
-    Raises:
-        LeaseError: Another run is at work on it.
-    """
-    workspace = Workspace.open(config.workspace, create=True)
-    with held(workspace, config.lease.term_seconds) if config.lease.enabled else nullcontext(workspace) as opened:
-        yield opened
 
 
 def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], new_warmup: bool) -> RunResult:

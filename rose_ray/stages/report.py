@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from textwrap import shorten
 from typing import Any
 
@@ -15,6 +16,7 @@ from rose_ray.kernels.influence import checkpoint_weights
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
+from rose_ray.stores.history import latest_version, selected_names
 from rose_ray.stores.manifest import Manifest, read_manifest
 from rose_ray.stores.plans import find_plan
 from rose_ray.stores.runs import StageRecord, last_run, last_stage
@@ -76,14 +78,31 @@ def status_lines(workspace: Workspace) -> Iterator[str]:
     for stage in ("pool", "warmup", "bank", "features"):
         folders = [path for path in workspace.list_folder(stage) if not path.endswith(("pins", ".json"))]
         yield f"{stage}: {len(folders)} kept"
-    for path in workspace.list_folder("selections"):
-        if not workspace.exists(f"{path}/latest.json"):
-            yield f"selection {path.rsplit('/', 1)[-1]}: unfinished"
+    yield from _warmup_lines(workspace, run)
+    for name in selected_names(workspace):
+        latest = latest_version(workspace, name)
+        if latest is None:
+            yield f"selection {name}: unfinished"
             continue
-        latest = workspace.read_json(f"{path}/latest.json")["folder"]
-        manifest = read_manifest(workspace, latest)
-        name, count = path.rsplit("/", 1)[-1], manifest.counts["selected"]
-        yield f"selection {name}: {count:,} rows, {manifest.created_at}, {latest}"
+        yield f"selection {name}: version {latest.number}, {latest.num_rows:,} rows, {latest.since}, {latest.folder}"
+
+
+def _warmup_lines(workspace: Workspace, run: Mapping[str, Any]) -> Iterator[str]:
+    """Say how old the warm-up of a run is, and how much of the run's pool was there when its rows were drawn."""
+    folders = {stage["stage"]: stage["folder"] for stage in run["stages"]}
+    if "warmup" not in folders:
+        return
+    warmup, pool = (read_manifest(workspace, folders[stage]) for stage in ("warmup", "ingest"))
+    age = datetime.now(UTC) - datetime.fromisoformat(warmup.created_at)
+    text = f"warm-up {warmup.folder}: {warmup.created_at}, {age.days} days old"
+    pins = [workspace.read_json(path) for path in workspace.list_folder("warmup/pins")]
+    drawn = next((pin["pool"] for pin in pins if pin["folder"] == warmup.folder), None)
+    if drawn is not None and workspace.exists(f"pool/{drawn}/manifest.json"):
+        then = {entry["shard"] for entry in read_manifest(workspace, f"pool/{drawn}").facts["shards"]}
+        rows = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
+        seen = sum(count for shard, count in rows.items() if shard in then)
+        text += f"; {seen / sum(rows.values()):.1%} of today's pool was there when its rows were drawn"
+    yield text
 
 
 def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:

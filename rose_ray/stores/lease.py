@@ -94,6 +94,27 @@ def held(workspace: Workspace, term_seconds: float) -> Iterator[Workspace]:
         _release(fenced, number, holder)
 
 
+@contextmanager
+def opened(name: str, term_seconds: float | None, *, create: bool = False) -> Iterator[Workspace]:
+    """Open a workspace for writing, and hold it.
+
+    Args:
+        name: Path or URI.
+        term_seconds: As in `held`; None for no lease.
+        create: Make it where there is none.
+
+    Raises:
+        LeaseError: Another run is at work on it.
+        StoreError: There is none.
+    """
+    workspace = Workspace.open(name, create=create)
+    if term_seconds is None:
+        yield workspace
+        return
+    with held(workspace, term_seconds) as fenced:
+        yield fenced
+
+
 def _take(workspace: Workspace, term_seconds: float) -> tuple[int, Holder]:
     while True:
         taken = leases(workspace)

@@ -62,6 +62,11 @@ def last_run(workspace: Workspace) -> dict[str, Any] | None:
     return content
 
 
+def finished_runs(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the records of all runs that ended well, oldest first."""
+    return [run for run in map(workspace.read_json, _paths(workspace)) if run["outcome"] == "finished"]
+
+
 def last_stage(workspace: Workspace, stage: str) -> dict[str, Any] | None:
     """Return a stage's record (see `StageRecord`) in the newest run that got as far, or None where none did."""
     for path in reversed(_paths(workspace)):

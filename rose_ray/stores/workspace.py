@@ -204,7 +204,21 @@ class Workspace:
         info = self._info(record.path)
         return bool(info.type == fs.FileType.File and info.size == record.num_bytes)
 
+    def list_subfolders(self, path: str) -> list[str]:
+        """Return the folders directly below ``path``, relative to the workspace, sorted; [] where it is missing."""
+        selector = fs.FileSelector(self.location(path).path, allow_not_found=True)
+        infos = self.root.filesystem.get_file_info(selector)
+        folders = (info.path for info in infos if info.type == fs.FileType.Directory)
+        return sorted(posixpath.relpath(folder, self.root.path) for folder in folders)
+
+    def delete_file(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        self.check_fence()
+        if self.exists(path):
+            self.root.filesystem.delete_file(self.location(path).path)
+
     def delete_folder(self, path: str) -> None:
         """Remove a folder and all below it, if it is there."""
+        self.check_fence()
         if self._info(path).type == fs.FileType.Directory:
             self.root.filesystem.delete_dir(self.location(path).path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,3 +60,47 @@ def copied(finished: FinishedJob, tmp_path: Path) -> Path:
     workspace = tmp_path / "workspace"
     shutil.copytree(finished.workspace, workspace)
     return workspace
+
+
+_FIRST, _SECOND = "m", "n"
+
+
+@dataclass(frozen=True)
+class GrownJob:
+    """The finished job with a third file, whose name sorts first, and three damaged files.
+
+    Attributes:
+        damaged: Shards whose features were damaged.
+        workspace, config, result: Of the grown job.
+    """
+
+    damaged: list[str]
+    workspace: Path
+    config: JobConfig
+    result: RunResult
+
+
+def shards_of(finished: FinishedJob, stem: str) -> list[str]:
+    pool = finished.result.pool
+    assert pool is not None
+    keys = {Path(file["file"]).stem: file["ingest_key"] for file in pool.facts["files"]}
+    return [entry["shard"] for entry in pool.facts["shards"] if entry["shard"].startswith(keys[stem])]
+
+
+@pytest.fixture(scope="session")
+def grown(finished: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> GrownJob:
+    """The finished job after its pool grew, run once. Its workspace is not to be written to."""
+    from rose_ray.distributed.run import run_job
+
+    folder = tmp_path_factory.mktemp("grown")
+    workspace = folder / "workspace"
+    shutil.copytree(finished.workspace, workspace)
+    for source, name in (("third", "a"), ("m", "m"), ("n", "n")):
+        shutil.copy(finished.inputs / f"{source}.jsonl", folder / f"{name}.jsonl")
+    (features,) = (workspace / "features").iterdir()
+    deleted, cut = shards_of(finished, _FIRST)[0], shards_of(finished, _SECOND)[1]
+    (features / deleted / "checkpoint-2.parquet").unlink()
+    os.truncate(features / cut / "checkpoint-1.parquet", 100)
+    os.truncate(workspace / "ingest" / cut.split("-")[0] / "shard-00000.parquet", 100)
+    config = tiny_job(finished.inputs, workspace, [f"pool.inputs.0.files=['{folder}/*.jsonl']"])
+    return GrownJob([deleted, cut], workspace, config, run_job(config))

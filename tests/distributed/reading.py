@@ -12,6 +12,8 @@ import pyarrow as pa
 from rose_ray.stores.manifest import Manifest, read_manifest
 from rose_ray.stores.workspace import Workspace
 
+_RECORDS = {"runs", "lease", "history", "latest.json"}
+
 
 def read_file(workspace: Path, manifest: Manifest, name: str) -> pa.Table:
     """Return a table of an artefact, checked against its manifest."""
@@ -31,11 +33,11 @@ def manifests(workspace: Path, stage: str) -> Iterator[Manifest]:
 
 
 def digests(workspace: Path, below: str = "") -> dict[str, str]:
-    """Return the digest of every file by its path, but for records of runs and pointers to the latest selection."""
+    """Return the digest of every file by its path, but for records of runs, leases and what is latest."""
     return {
         path.relative_to(workspace).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((workspace / below).rglob("*"))
-        if path.is_file() and "runs" not in path.relative_to(workspace).parts and path.name != "latest.json"
+        if path.is_file() and not _RECORDS & {*path.relative_to(workspace).parts}
     }
 
 

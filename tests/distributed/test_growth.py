@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from rose_ray.config import JobConfig
 from rose_ray.distributed.job import RunResult
 from rose_ray.distributed.run import run_job
 from tests.distributed import tiny
-from tests.distributed.conftest import FinishedJob
+from tests.distributed.conftest import FinishedJob, GrownJob
 from tests.distributed.reading import digests, made_stages, opened, read_file
 
 pytestmark = pytest.mark.ray
 
 NUM_NEW = 8
 NUM_TAKEN_OVER = 3
-FIRST, SECOND = "m", "n"
-
-
-@dataclass(frozen=True)
-class GrownJob:
-    """The finished job with a third file, whose name sorts first, and three damaged files.
-
-    Attributes:
-        damaged: Shards whose features were damaged.
-        workspace, config, result: Of the grown job.
-    """
-
-    damaged: list[str]
-    workspace: Path
-    config: JobConfig
-    result: RunResult
-
-
-def shards_of(finished: FinishedJob, stem: str) -> list[str]:
-    pool = finished.result.pool
-    assert pool is not None
-    keys = {Path(file["file"]).stem: file["ingest_key"] for file in pool.facts["files"]}
-    return [entry["shard"] for entry in pool.facts["shards"] if entry["shard"].startswith(keys[stem])]
-
-
-@pytest.fixture(scope="module")
-def grown(finished: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> GrownJob:
-    folder = tmp_path_factory.mktemp("grown")
-    workspace = folder / "workspace"
-    shutil.copytree(finished.workspace, workspace)
-    for source, name in (("third", "a"), ("m", "m"), ("n", "n")):
-        shutil.copy(finished.inputs / f"{source}.jsonl", folder / f"{name}.jsonl")
-    (features,) = (workspace / "features").iterdir()
-    deleted, cut = shards_of(finished, FIRST)[0], shards_of(finished, SECOND)[1]
-    (features / deleted / "checkpoint-2.parquet").unlink()
-    os.truncate(features / cut / "checkpoint-1.parquet", 100)
-    os.truncate(workspace / "ingest" / cut.split("-")[0] / "shard-00000.parquet", 100)
-    config = tiny.tiny_job(finished.inputs, workspace, [f"pool.inputs.0.files=['{folder}/*.jsonl']"])
-    return GrownJob([deleted, cut], workspace, config, run_job(config))
 
 
 def test_the_warmup_stays(finished: FinishedJob, grown: GrownJob) -> None:
@@ -119,16 +77,19 @@ def test_scores_of_old_rows_stay(finished: FinishedJob, grown: GrownJob) -> None
     assert all(after[row_id] == score for row_id, score in before.items() if row_id not in elsewhere)
 
 
-def test_new_warmup_on_two_workers_replaces_the_pinned_one(grown: GrownJob) -> None:
+def test_new_warmup_on_two_workers_replaces_the_pinned_one(grown: GrownJob, tmp_path: Path) -> None:
     settings = {"workers": 2, "zero_stage": 2, "epochs": tiny.NUM_EPOCHS}  # workers and stage are no part of the key
-    config = grown.config.model_copy(update={"warmup": grown.config.warmup.model_copy(update=settings)})
+    workspace = tmp_path / "workspace"
+    shutil.copytree(grown.workspace, workspace)
+    warmup = grown.config.warmup.model_copy(update=settings)
+    config = grown.config.model_copy(update={"warmup": warmup, "workspace": str(workspace)})
     pinned = grown.result.warmup
     assert pinned is not None
-    before = digests(grown.workspace, pinned.folder)
+    before = digests(workspace, pinned.folder)
     stages = ("ingest", "warmup")
     result = run_job(config, stages=stages, new_warmup=True)
     assert result.warmup is not None and result.warmup.folder != pinned.folder
     assert result.warmup.counts["rows"] == round(0.3 * (tiny.NUM_UNIQUE + NUM_NEW))
     assert all(checkpoint["loss"] > 0 for checkpoint in result.warmup.facts["checkpoints"])
-    assert digests(grown.workspace, pinned.folder) == before
+    assert digests(workspace, pinned.folder) == before
     assert run_job(config, stages=stages).warmup == result.warmup

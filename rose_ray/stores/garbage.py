@@ -1,0 +1,151 @@
+"""What no kept selection needs: found by following manifests from what is kept, removed a manifest at a time.
+
+Kept are the newest versions of every target's selection, what is latest, what the last finished run made or found, and
+whatever those were made from. Only folders that a run makes are looked at; anything else in a workspace stays.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pyarrow import fs
+
+from rose_ray.stores.history import SELECTIONS, latest_version, selected_names, versions
+from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, read_manifest
+from rose_ray.stores.runs import finished_runs
+from rose_ray.stores.workspace import Workspace
+
+FLAT = ("ingest", "pool", "warmup", "basis", "bank")
+"""Kinds whose artefacts lie at ``KIND/KEY``."""
+
+NAMED = ("scores", SELECTIONS)
+"""Kinds whose artefacts lie at ``KIND/TARGET/KEY``."""
+
+FEATURES = "features"
+"""Their shards lie at ``features/KEY/SHARD``, each an artefact."""
+
+_NOT_KEYS = frozenset({"pins", "history"})
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """One folder that can go.
+
+    Attributes:
+        kind: Of artefact.
+        folder: Relative to the workspace.
+        num_bytes: Of all files in it.
+    """
+
+    kind: str
+    folder: str
+    num_bytes: int
+
+
+def find_garbage(workspace: Workspace, keep: int) -> list[Garbage]:
+    """Return the folders that nothing kept needs.
+
+    Args:
+        workspace: Where.
+        keep: Newest versions of each target that are kept, at least 1.
+
+    Raises:
+        StoreError: A manifest that something kept needs is missing or altered: nothing should be removed before that
+            is understood.
+    """
+    needed = _needed(workspace, keep)
+    shards = _needed_shards(workspace, needed)
+    return [
+        Garbage(kind, folder, _size(workspace, folder))
+        for kind, folder in _artefacts(workspace, needed)
+        if folder not in needed and folder not in shards
+    ]
+
+
+def remove(workspace: Workspace, garbage: Iterable[Garbage]) -> Iterator[Garbage]:
+    """Remove folders, yielding each when it is gone.
+
+    A folder's manifest goes first, and readers look for every file that a manifest lists: whatever interrupts this, no
+    artefact is left that counts as whole and is not.
+    """
+    for each in garbage:
+        workspace.delete_file(f"{each.folder}/{MANIFEST_FILE}")
+        workspace.delete_folder(each.folder)
+        _drop_pins(workspace, each.folder)
+        yield each
+
+
+def _drop_pins(workspace: Workspace, folder: str) -> None:
+    for pin in workspace.list_folder("warmup/pins") if folder.startswith("warmup/") else []:
+        if workspace.read_json(pin)["folder"] == folder:
+            workspace.delete_file(pin)
+
+
+def _artefacts(workspace: Workspace, needed: set[str]) -> Iterator[tuple[str, str]]:
+    for kind in FLAT:
+        yield from ((kind, folder) for folder in _folders(workspace, kind))
+    for kind in NAMED:
+        for target in _folders(workspace, kind):
+            yield from ((kind, folder) for folder in _folders(workspace, target))
+    for space in _folders(workspace, FEATURES):
+        # Of a space that is needed, the shards that no kept pool holds.
+        yield from ((FEATURES, folder) for folder in (_folders(workspace, space) if space in needed else [space]))
+
+
+def _folders(workspace: Workspace, path: str) -> list[str]:
+    return [folder for folder in workspace.list_subfolders(path) if posixpath.basename(folder) not in _NOT_KEYS]
+
+
+def _needed(workspace: Workspace, keep: int) -> set[str]:
+    """Return the folders of everything kept, and of what it was made from; of features, their key's folder."""
+    waiting = [folder for name in selected_names(workspace) for folder in _kept_versions(workspace, name, keep)]
+    waiting += [stage["folder"] for run in finished_runs(workspace)[-1:] for stage in run["stages"]]
+    needed: set[str] = set()
+    while waiting:
+        folder = waiting.pop()
+        if folder in needed:
+            continue
+        needed.add(folder)
+        if not folder.startswith(f"{FEATURES}/"):
+            waiting += _made_from(read_manifest(workspace, folder))
+    return needed
+
+
+def _kept_versions(workspace: Workspace, name: str, keep: int) -> set[str]:
+    latest = latest_version(workspace, name)
+    kept = versions(workspace, name)[-max(1, keep) :] + ([latest] if latest else [])
+    # One whose files were removed before has nothing left to keep.
+    return {each.folder for each in kept if workspace.exists(f"{each.folder}/{MANIFEST_FILE}")}
+
+
+def _made_from(manifest: Manifest) -> list[str]:
+    facts = manifest.facts
+    if manifest.stage == "select":
+        return list(facts["scores"])
+    if manifest.stage == "score":
+        features = facts["features"]
+        projection = features["space"]["projection"]
+        basis = [f"basis/{projection.rpartition('=')[2]}"] if projection.startswith("exact/") else []
+        return [
+            f"{FEATURES}/{features['key']}",
+            features["warmup"],
+            facts["pool"]["folder"],
+            facts["bank"]["folder"],
+            *basis,
+        ]
+    if manifest.stage == "pool":
+        return [f"ingest/{file['ingest_key']}" for file in facts["files"]]
+    return []
+
+
+def _needed_shards(workspace: Workspace, needed: set[str]) -> set[str]:
+    pools = [read_manifest(workspace, folder) for folder in needed if folder.startswith("pool/")]
+    names = {entry["shard"] for pool in pools for entry in pool.facts["shards"]}
+    return {f"{folder}/{name}" for folder in needed if folder.startswith(f"{FEATURES}/") for name in names}
+
+
+def _size(workspace: Workspace, folder: str) -> int:
+    selector = fs.FileSelector(workspace.location(folder).path, recursive=True)
+    return sum(info.size or 0 for info in workspace.root.filesystem.get_file_info(selector) if info.is_file)
