@@ -291,6 +291,12 @@ class RayConfig(Strict):
     gpus_per_actor: float = Field(0.0, ge=0, description="GPUs reserved for each; 0 computes on the CPU.")
     threads_per_actor: int = Field(1, ge=1, description="Torch threads in each; fixed, since it decides the last bits.")
     cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
+    autoscale_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="On a cluster that grows: ask its autoscaler for what the job needs and wait so long for it. 0 "
+        "takes the cluster as it is and refuses at once what does not fit.",
+    )
     stall_seconds: int = Field(3600, ge=60, description="Give up when no shard ends for so long.")
 
     @field_validator("gpus_per_actor")

@@ -29,7 +29,7 @@ from rose_ray.distributed.probe import (
     time_reduction,
     time_training,
 )
-from rose_ray.distributed.resources import actors_at_once, check_resources, cluster_nodes
+from rose_ray.distributed.resources import actors_at_once, cluster_nodes, granted_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.warmup import WarmupJob
@@ -95,8 +95,7 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
     with opened(config.workspace, config.lease.term, create=True) as workspace:
         job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
         try:
-            with ray_session(config.ray):
-                check_resources(config, cluster_nodes())
+            with ray_session(config.ray), granted_resources(config):
                 made = _plan(job, probe_rows)
         except Exception as error:
             cause = root_cause(error)

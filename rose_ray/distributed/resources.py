@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
 from rose_ray.config.models import JobConfig
 from rose_ray.errors import ResourceError
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 2.0
+_SAY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,60 @@ def cluster_nodes() -> list[Node]:
     """Return the live nodes of the cluster that this process is connected to."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+@contextmanager
+def granted_resources(config: JobConfig) -> Iterator[None]:
+    """Make sure that the cluster has what the job needs.
+
+    With ``ray.autoscale_seconds`` its autoscaler is asked first, and waited for; `release_resources` takes that back,
+    at the latest when this ends.
+
+    Raises:
+        ResourceError: It has not.
+    """
+    if not config.ray.autoscale_seconds:
+        check_resources(config, cluster_nodes())
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    settings = config.ray
+    actor = {"CPU": settings.cpus_per_actor} | ({"GPU": settings.gpus_per_actor} if settings.gpus_per_actor else {})
+    workers = config.warmup.workers if config.warmup.adapters is None else 0
+    bundles = [actor] * max(settings.actors, workers) + [{"CPU": settings.cpus_per_task}]
+    request_resources(bundles=bundles)
+    try:
+        _await_nodes(config)
+        yield
+    finally:
+        release_resources(config)
+
+
+def release_resources(config: JobConfig) -> None:
+    """Let the autoscaler take nodes away that are idle: nothing large is to come."""
+    if config.ray.autoscale_seconds:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[])
+
+
+def _await_nodes(config: JobConfig) -> None:
+    started = said = time.monotonic()
+    while True:
+        try:
+            check_resources(config, cluster_nodes())
+            return
+        except ResourceError as error:
+            now = time.monotonic()
+            if now - started > config.ray.autoscale_seconds:
+                raise ResourceError(
+                    f"{error} No more came within the {config.ray.autoscale_seconds:g} s of ray.autoscale_seconds."
+                ) from None
+            if said in (started, now) or now - said > _SAY_SECONDS:
+                logger.info(f"waiting for the autoscaler, {now - started:.0f} s so far: {error}")
+                said = now
+        time.sleep(_LOOK_SECONDS)
 
 
 def check_resources(config: JobConfig, nodes: list[Node]) -> None:

@@ -17,7 +17,7 @@ from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.reduce import make_scores, make_selections
-from rose_ray.distributed.resources import check_resources, cluster_nodes
+from rose_ray.distributed.resources import granted_resources, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
 from rose_ray.model.base import with_absolute_paths
@@ -51,8 +51,7 @@ def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], 
     _say_changes(workspace, config)
     job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
     try:
-        with ray_session(config.ray):
-            check_resources(config, cluster_nodes())
+        with ray_session(config.ray), granted_resources(config):
             _run(job, stages, new_warmup)
     except BaseException as error:
         cause = root_cause(error)
@@ -99,6 +98,7 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
         actor.stop()
     if "features" in stages:
         make_features(job, pool, warmup, missing, budget)
+    release_resources(job.config)
     if "score" in stages:
         make_scores(job, pool, warmup)
     if "select" in stages:
