@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from rose_ray.distributed.run import run_job
 from rose_ray.distributed.session import CarriedError, carried_errors, root_cause
-from rose_ray.errors import AlteredFileError, PairError, RoseError, RowError
+from rose_ray.errors import AlteredFileError, PairError, ResourceError, RoseError, RowError
 from rose_ray.filesystem import locate, write_bytes
+from tests.distributed.tiny import tiny_job, write_inputs
 
 pytestmark = pytest.mark.ray
 
@@ -61,3 +63,12 @@ def test_a_failed_write_says_where(tmp_path: Path) -> None:
         write_bytes(locate(str(tmp_path / "file")), b"1")
     assert raised.value.filename == str(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nodes_that_do_not_come_are_waited_for_only_so_long(ray_cluster: None, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    settings = ["ray.actors=50", "ray.autoscale_seconds=0.1"]
+    config = tiny_job(tmp_path, tmp_path / "workspace", settings)
+    message = r"50 actors of 0\.5 CPU.*do not fit.*No more came within the 0\.1 s of ray\.autoscale_seconds"
+    with pytest.raises(ResourceError, match=message):
+        run_job(config)
