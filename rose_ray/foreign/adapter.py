@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,11 @@ def adapted_model(settings: AdapterSettings, base: str) -> Any:
         )
     try:
         base_model: Any = load_base(ModelConfig(base=name), device="meta")
-        return get_peft_model(base_model, LoraConfig.from_pretrained(settings.folder))
+        lora: Any = LoraConfig.from_pretrained(settings.folder)
+        lora.inference_mode = False  # saved as True always; what is trained is asked for here
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+            return get_peft_model(base_model, lora)
     except ModelError as error:
         raise ModelError(f"{error} Name the base model that the adapter was trained on with --base.") from error
     except ValueError as error:

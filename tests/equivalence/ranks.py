@@ -120,6 +120,55 @@ def warm_up(rank: int, num_ranks: int, port: int, jobs: Sequence[Any], probe: An
     return results
 
 
+def save_deepspeed(rank: int, num_ranks: int, port: int, base: str, lora: Any, cases: Any) -> list[dict[str, Any]]:
+    """Short trainings that DeepSpeed saves: ``cases`` are (folder, its configuration) each.
+
+    Returns:
+        For each case: ``weight``, ``exp_avg`` and ``exp_avg_sq`` by parameter name as DeepSpeed itself hands them out,
+        numpy, float32; ``step``, the number that Adam itself has come to.
+    """
+    import torch
+
+    from rose_ray.distributed.engine import import_deepspeed
+    from tests import oracles
+
+    deepspeed = import_deepspeed("cpu")
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    results = []
+    for folder, config in cases:
+        torch.manual_seed(1)
+        model = oracles.peft_model(base, **lora, dtype=torch.float32).train()
+        named = oracles.trainable(model)
+        adam = torch.optim.AdamW(named.values(), lr=3e-3, betas=(0.8, 0.95), eps=1e-7)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        for step in range(3):
+            ids = torch.tensor([[5 + step, 17, 40 + rank, 9]])
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+        engine.save_checkpoint(folder)
+        if rank == 0:
+            engine.module.peft_config["default"].save_pretrained(folder)
+        whole: dict[str, Any] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, p in named.items():
+            if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+                found = [
+                    safe_get_full_fp32_param(p),
+                    *(safe_get_full_optimizer_state(p, key) for key in list(whole)[1:]),
+                ]
+            else:
+                master = adam.param_groups[0]["params"][list(named).index(name)]  # a float32 copy beside bfloat16
+                found = [master, *(adam.state[master][key] for key in list(whole)[1:])]
+            for key, tensor in zip(whole, found, strict=True):
+                whole[key][name] = tensor.detach().float().numpy().copy()
+        results.append({**whole, "step": {int(entry["step"]) for entry in adam.state.values()}})
+    return results
+
+
 def main(task: str, rank: str, folder: str) -> None:
     """What each process runs."""
     import torch
