@@ -96,28 +96,74 @@ def _allow_float64() -> None:
     import_deepspeed("cpu").get_accelerator().is_fp16_supported = lambda: False
 
 
-def warm_up(rank: int, num_ranks: int, port: int, jobs: Sequence[Any], probe: Any) -> list[dict[str, Any]]:
+def warm_up(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    jobs: Sequence[Any],
+    probe: Any,
+    interrupted: Sequence[tuple[Any, Any]] = (),
+    num_updates: int = 0,
+) -> list[dict[str, Any]]:
     """Warm-ups one after another, as Ray Train's workers run them.
 
+    Args:
+        rank, num_ranks, port: The place in the process group.
+        jobs: Trained at a stretch.
+        probe: Token ids.
+        interrupted: Equal jobs but for their folders: one is trained at a stretch, the other by workers that vanish
+            after ``num_updates`` steps and by others that go on.
+        num_updates: See there.
+
     Returns:
-        For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``.
+        For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``. Then
+        for each pair: ``whole`` and ``cut``, the reports of each, and ``resumed_at``, the steps that were found saved.
     """
     import torch
 
-    from rose_ray.distributed.warmup import _Trainer
+    from rose_ray.distributed.training import Trainer
 
     place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.distributed.init_process_group("gloo")
     results = []
     for job in jobs:
-        trainer = _Trainer(job, rank=rank, num_workers=num_ranks)
-        epochs = [trainer.train_epoch(epoch) for epoch in range(1, job.warmup.epochs + 1)]
+        trainer = Trainer(job, rank=rank, num_workers=num_ranks)
+        epochs = [trainer.train_epoch() for _ in range(job.warmup.epochs)]
         trainer.model.eval()
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([probe])).logits
         results.append({"epochs": epochs, "logits": logits.float().numpy()})
+    for whole, cut in interrupted:
+        results.append(_interrupted(whole, cut, num_updates, rank, num_ranks))
     return results
+
+
+def _interrupted(whole: Any, cut: Any, num_updates: int, rank: int, num_ranks: int) -> dict[str, Any]:
+    from rose_ray.distributed.training import Trainer
+
+    class VanishedError(Exception):
+        pass
+
+    class Vanishing(Trainer):
+        def _step(self, step: Any) -> float:
+            if self.num_updates == num_updates:
+                raise VanishedError
+            return super()._step(step)
+
+    unbroken = Trainer(whole, rank=rank, num_workers=num_ranks)
+    first = Vanishing(cut, rank=rank, num_workers=num_ranks)
+    try:
+        for _ in range(whole.warmup.epochs):
+            first.train_epoch()
+    except VanishedError:
+        first.steps.clear()
+    later = Trainer(cut, rank=rank, num_workers=num_ranks)
+    resumed_at = later.num_updates
+    for trainer in (unbroken, later):
+        while len(trainer.epochs) < whole.warmup.epochs:
+            trainer.train_epoch()
+    return {"whole": unbroken.epochs, "cut": later.epochs, "resumed_at": resumed_at}
 
 
 def save_deepspeed(rank: int, num_ranks: int, port: int, base: str, lora: Any, cases: Any) -> list[dict[str, Any]]:
