@@ -204,7 +204,7 @@ class WarmupConfig(Strict):
         None,
         min_length=1,
         description="Your own PEFT adapter folders instead of a warm-up. Without moments.safetensors and "
-        "optimizer_state.json, as a warm-up writes them, in each, only gradients.adam: sgd is open.",
+        "optimizer_state.json in each, as warm-up and import-checkpoint write them, only gradients.adam: sgd is open.",
     )
     adapter_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weights of those adapters, for instance learning rates; equal where unset."

@@ -68,7 +68,8 @@ class Trainer:
         self.job, self.rank, self.num_workers = job, rank, num_workers
         self.samples, self.steps = _plan(job, num_workers)
         torch.manual_seed(job.warmup.seed)
-        self.model = attach_adapter(load_base(job.model, device=job.device), job.lora, dropout=job.lora.dropout)
+        device = "cpu" if job.warmup.zero_stage == 3 else job.device  # cut up from there: whole, it may fit no GPU
+        self.model = attach_adapter(load_base(job.model, device=device), job.lora, dropout=job.lora.dropout)
         if job.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
