@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
                 lasting = isinstance(cause, RoseError | OSError) and not isinstance(cause, ConnectionError)
                 if lasting or not restarts_left:
                     raise cause from error
-                logger.warning(f"warm-up: its workers were lost ({_first_line(cause)}); {restarts_left} restarts left")
+                logger.warning(f"warm-up: its workers were lost ({_who_failed(cause)}); {restarts_left} restarts left")
     checkpoints: list[dict[str, Any]] = job.workspace.read_json(f"{job.folder}/{_TRAINING_FILE}")
     return checkpoints
 
@@ -60,8 +61,9 @@ def _say_place(job: WarmupJob) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _who_failed(error: BaseException) -> str:
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    return ", ".join(f"{rank}: {type(each).__name__}" for rank, each in failures.items()) or type(error).__name__
 
 
 def _fit(job: WarmupJob, resources: dict[str, float]) -> None:
@@ -77,7 +79,9 @@ def _fit(job: WarmupJob, resources: dict[str, float]) -> None:
             ),
             # Ray Train cannot tell errors that come again from lost workers, so `run_warmup` starts the next group.
             run_config=RunConfig(
-                name="warmup", failure_config=FailureConfig(max_failures=0), **_train_storage(job, storage)
+                name=f"warmup-{uuid.uuid4().hex[:8]}",
+                failure_config=FailureConfig(max_failures=0),
+                **_train_storage(job, storage),
             ),
         ).fit()
 
