@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -190,9 +191,12 @@ class Trainer:
             # PEFT takes the adapter out of these by the model's own names; the model itself may hold pieces alone.
             whole = {f"{name.removesuffix('.weight')}.default.weight": t for name, t in tensors["adapter"].items()}
             self.model.save_pretrained(local, state_dict=whole)
-            for file_name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-                with open(os.path.join(local, file_name), "rb") as file:
-                    content[file_name] = file.read()
+            with open(os.path.join(local, ADAPTER_FILE), "rb") as file:
+                content[ADAPTER_FILE] = file.read()
+            with open(os.path.join(local, ADAPTER_CONFIG_FILE), encoding="utf-8") as text:
+                adapter_config = json.load(text)
+            adapter_config["target_modules"].sort()  # a set in PEFT, written in another order by every process
+            content[ADAPTER_CONFIG_FILE] = (json.dumps(adapter_config, indent=2) + "\n").encode()
         workspace = self.job.workspace
         records = [workspace.write(f"{folder}/{file_name}", data) for file_name, data in content.items()]
         return [*records, workspace.write_json(f"{folder}/{STATE_FILE}", state_json(state))]
