@@ -87,7 +87,7 @@ def import_checkpoint(source: str, out: str, *, kind: Kind = "auto", given: Give
     if not os.path.isdir(source):
         raise StoreError(f"{source}: no such folder on this machine. Name the checkpoint's folder.")
     kind = found_kind(source) if kind == "auto" else kind
-    settings = read_settings([given.adapter] if given.adapter else [source, os.path.dirname(os.path.abspath(source))])
+    settings = read_settings(_adapter_folders(source, kind, given.adapter))
     logger.info(f"import: reading {source} as {kind}")
     optimizer, adapter = _read(source, kind, settings, given.base)
     check_weights(adapter, settings)
@@ -96,6 +96,13 @@ def import_checkpoint(source: str, out: str, *, kind: Kind = "auto", given: Give
     state, rate_source = _state(optimizer, history, given.numbers)
     _write(out, settings, adapter, optimizer, state)
     return _lines(kind, optimizer, state, rate_source, out)
+
+
+def _adapter_folders(source: str, kind: Kind, adapter: str) -> list[str]:
+    if adapter:
+        return [adapter]
+    # DeepSpeed's files hold the weights too. Elsewhere the folder above may hold those of a later step.
+    return [source, os.path.dirname(os.path.abspath(source))] if kind == "deepspeed" else [source]
 
 
 def found_kind(source: str) -> Kind:
