@@ -36,7 +36,7 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
     """
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     with shown_progress("warm-up", "samples") as board:
-        for restarts_left in reversed(range(job.warmup.max_restarts + 1)):
+        for restart in range(1, job.warmup.max_restarts + 2):
             _say_place(job)
             try:
                 _fit(replace(job, board=board), resources)
@@ -45,9 +45,10 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
                 cause = root_cause(error)
                 # A lost connection is an error of the operating system too, and a sign of a lost worker.
                 lasting = isinstance(cause, RoseError | OSError) and not isinstance(cause, ConnectionError)
-                if lasting or not restarts_left:
+                if lasting or restart > job.warmup.max_restarts:
                     raise cause from error
-                logger.warning(f"warm-up: its workers were lost ({_who_failed(cause)}); {restarts_left} restarts left")
+                times = f"restart {restart} of {job.warmup.max_restarts}"
+                logger.warning(f"warm-up: its workers were lost ({_who_failed(cause)}); {times}")
     checkpoints: list[dict[str, Any]] = job.workspace.read_json(f"{job.folder}/{_TRAINING_FILE}")
     return checkpoints
 

@@ -122,7 +122,7 @@ def test_a_worker_is_killed(
         warm_up(inputs, workspace)
     killer.join()
     assert killed and UPDATES_AN_EPOCH < killed[0] < 5 * UPDATES_AN_EPOCH
-    assert "warm-up: its workers were lost (" in caplog.text and "1 restarts left" in caplog.text
+    assert "warm-up: its workers were lost (" in caplog.text and "; restart 1 of 2" in caplog.text
     assert "warm-up: going on after " in caplog.text
     assert made(workspace) == undisturbed
 
