@@ -58,7 +58,7 @@ class WarmupJob:
     board: Any = None
 
 
-class Trainer:
+class WarmupTrainer:
     """One worker's model, optimizer and place in the plan; it begins where an unfinished training stopped.
 
     Attributes:
@@ -108,7 +108,7 @@ class Trainer:
         steps = [step for step in self.steps if step.epoch == epoch]
         left = [step for step in self.steps[self.num_updates :] if step.epoch == epoch]
         for step in left:
-            self.loss_sum += self._step(step)
+            self.loss_sum += self.step(step)
             if self.num_updates % self.job.warmup.save_steps == 0 and step is not left[-1]:
                 self._save(self._tensors())
         tensors = self._tensors()
@@ -128,7 +128,8 @@ class Trainer:
         self._save(tensors)
         return entry
 
-    def _step(self, step: TrainingStep) -> float:
+    def step(self, step: TrainingStep) -> float:
+        """Take one optimizer step and return the sum of its samples' losses, over all workers."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = step.learning_rate
         # Dropout's own stream: the same whatever ran before, another for each step and worker.

@@ -13,7 +13,7 @@ import torch
 from rose_ray.distributed.progress import shown_progress
 from rose_ray.distributed.resume import find_state
 from rose_ray.distributed.session import root_cause
-from rose_ray.distributed.training import Trainer, WarmupJob
+from rose_ray.distributed.training import WarmupJob, WarmupTrainer
 from rose_ray.errors import RoseError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.threads)
     if job.device == "cuda":
         torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see all of its GPUs
-    trainer = Trainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
+    trainer = WarmupTrainer(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
     while len(trainer.epochs) < job.warmup.epochs:
         entry = trainer.train_epoch()
         ray.train.report({"epoch": len(trainer.epochs), "loss": entry["loss"]})

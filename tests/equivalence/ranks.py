@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,18 @@ def warm_up(
     probe: Any,
     interrupted: Sequence[tuple[Any, Any]] = (),
     num_updates: int = 0,
+    left: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
     """Warm-ups one after another, as Ray Train's workers run them.
 
     Args:
         rank, num_ranks, port: The place in the process group.
-        jobs: Trained at a stretch.
+        jobs: Trained at a stretch, or from where others left them.
         probe: Token ids.
         interrupted: Equal jobs but for their folders: one is trained at a stretch, the other by workers that vanish
             after ``num_updates`` steps and by others that go on.
         num_updates: See there.
+        left: Trained by workers that vanish likewise, and left to others.
 
     Returns:
         For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``. Then
@@ -121,49 +124,50 @@ def warm_up(
     """
     import torch
 
-    from rose_ray.distributed.training import Trainer
+    from rose_ray.distributed.training import WarmupTrainer
 
     place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.distributed.init_process_group("gloo")
     results = []
     for job in jobs:
-        trainer = Trainer(job, rank=rank, num_workers=num_ranks)
-        epochs = [trainer.train_epoch() for _ in range(job.warmup.epochs)]
+        trainer = WarmupTrainer(job, rank=rank, num_workers=num_ranks)
+        while len(trainer.epochs) < job.warmup.epochs:
+            trainer.train_epoch()
         trainer.model.eval()
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([probe])).logits
-        results.append({"epochs": epochs, "logits": logits.float().numpy()})
+        results.append({"epochs": trainer.epochs, "logits": logits.float().numpy()})
     for whole, cut in interrupted:
-        results.append(_interrupted(whole, cut, num_updates, rank, num_ranks))
+        _vanishing(cut, num_updates, rank, num_ranks)
+        unbroken, later = (WarmupTrainer(job, rank=rank, num_workers=num_ranks) for job in (whole, cut))
+        resumed_at = later.num_updates
+        for trainer in (unbroken, later):
+            while len(trainer.epochs) < whole.warmup.epochs:
+                trainer.train_epoch()
+        results.append({"whole": unbroken.epochs, "cut": later.epochs, "resumed_at": resumed_at})
+    for job in left:
+        _vanishing(job, num_updates, rank, num_ranks)
     return results
 
 
-def _interrupted(whole: Any, cut: Any, num_updates: int, rank: int, num_ranks: int) -> dict[str, Any]:
-    from rose_ray.distributed.training import Trainer
+def _vanishing(job: Any, num_updates: int, rank: int, num_ranks: int) -> None:
+    """Train as workers do that vanish after so many updates, among them the first epoch's."""
+    from rose_ray.distributed.training import WarmupTrainer
 
     class VanishedError(Exception):
         pass
 
-    class Vanishing(Trainer):
-        def _step(self, step: Any) -> float:
+    class Vanishing(WarmupTrainer):
+        def step(self, step: Any) -> float:
             if self.num_updates == num_updates:
                 raise VanishedError
-            return super()._step(step)
+            return super().step(step)
 
-    unbroken = Trainer(whole, rank=rank, num_workers=num_ranks)
-    first = Vanishing(cut, rank=rank, num_workers=num_ranks)
-    try:
-        for _ in range(whole.warmup.epochs):
-            first.train_epoch()
-    except VanishedError:
-        first.steps.clear()
-    later = Trainer(cut, rank=rank, num_workers=num_ranks)
-    resumed_at = later.num_updates
-    for trainer in (unbroken, later):
-        while len(trainer.epochs) < whole.warmup.epochs:
+    trainer = Vanishing(job, rank=rank, num_workers=num_ranks)
+    with suppress(VanishedError):
+        for _ in range(job.warmup.epochs):
             trainer.train_epoch()
-    return {"whole": unbroken.epochs, "cut": later.epochs, "resumed_at": resumed_at}
 
 
 def save_deepspeed(rank: int, num_ranks: int, port: int, base: str, lora: Any, cases: Any) -> list[dict[str, Any]]:

@@ -61,6 +61,9 @@ HALF_PRECISION: dict[str, dict[str, Any]] = {
     "bfloat16, zero 2": {"zero_stage": 2, "dtype": "bfloat16"},
     "bfloat16, zero 3": {"zero_stage": 3, "dtype": "bfloat16"},
 }
+MOVED = "zero 0, after two workers under zero 3"
+"""Goes on with one worker from what two left that shared the weights."""
+
 ALL = {**VARIANTS, **HALF_PRECISION}
 
 INTERRUPTED = {"dropout, zero 0": 0, "dropout, zero 2": 2, "dropout, zero 3": 3}
@@ -87,12 +90,16 @@ class Runs:
                 "warm_up",
                 num_workers,
                 folder / f"ranks-{num_workers}",
-                jobs=[self._job(num_workers, name) for name in ALL],
+                jobs=[
+                    *(self._job(num_workers, name) for name in ALL),
+                    *([self._moved(1, 0)] if num_workers == 1 else []),
+                ],
                 probe=PROBE,
                 interrupted=pairs[num_workers],
                 num_updates=UPDATES_BEFORE,
+                left=[self._moved(2, 3)] if num_workers == 2 else [],
             )
-            for num_workers in (1, 2)
+            for num_workers in (2, 1)
         }
         self.layout = layout_of(attach_adapter(load_base(ModelConfig(base=base)), LORA, dropout=0.0))
 
@@ -105,6 +112,11 @@ class Runs:
         )
         warmup = WarmupConfig(workers=num_workers, **{**_settings(), **variant})
         folder = f"{num_workers}-{name.replace(' ', '_')}"
+        return WarmupJob(self.workspace, folder, self.samples_file, model, LORA, warmup, "cpu", 1)
+
+    def _moved(self, num_workers: int, zero_stage: int) -> WarmupJob:
+        warmup = WarmupConfig(workers=num_workers, zero_stage=zero_stage, save_steps=UPDATES_SAVED, **_settings())
+        folder, model = f"1-{MOVED.replace(' ', '_')}", ModelConfig(base=self.base, dtype="float32")
         return WarmupJob(self.workspace, folder, self.samples_file, model, LORA, warmup, "cpu", 1)
 
     def _dropout(self, num_workers: int, name: str, kind: str) -> WarmupJob:
@@ -193,6 +205,14 @@ def _masked(sample: Sample) -> oracles.Masked:
 def test_it_is_a_plain_loop(name: str, num_workers: int, runs: Runs, plain: Plain) -> None:
     assert 0 < plain.training.num_clipped < plain.training.num_updates  # so both kinds of steps are compared
     reports = runs.results[num_workers][0][list(VARIANTS).index(name)]["epochs"]
+    assert_plain(name, num_workers, reports, runs, plain)
+
+
+def test_other_workers_under_another_stage_can_go_on(runs: Runs, plain: Plain) -> None:
+    assert_plain(MOVED, 1, runs.results[1][0][len(ALL)]["epochs"], runs, plain)
+
+
+def assert_plain(name: str, num_workers: int, reports: list[dict[str, Any]], runs: Runs, plain: Plain) -> None:
     for epoch, (adapter, exp_avg, exp_avg_sq, loss, rate) in enumerate(plain.epochs, start=1):
         found = runs.checkpoint(num_workers, name, epoch)
         assert found.exp_avg is not None and found.exp_avg_sq is not None
@@ -229,7 +249,7 @@ def test_workers_that_go_on_after_others_end_with_equal_bytes(name: str, num_wor
         files = sorted(path.name for path in whole.iterdir())
         assert len(files) == 4 and files == sorted(path.name for path in cut.iterdir())
         assert [file for file in files if (whole / file).read_bytes() != (cut / file).read_bytes()] == []
-    reports = runs.results[num_workers][0][len(ALL) + list(INTERRUPTED).index(name)]
+    reports = runs.results[num_workers][0][list(INTERRUPTED).index(name) - len(INTERRUPTED)]
     assert reports["resumed_at"] == UPDATES_SAVED
     for whole_epoch, cut_epoch in zip(reports["whole"], reports["cut"], strict=True):
         without_files = [{k: v for k, v in entry.items() if k != "files"} for entry in (whole_epoch, cut_epoch)]
