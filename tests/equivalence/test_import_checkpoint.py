@@ -215,6 +215,27 @@ def test_a_missing_shard_is_named(deepspeed_runs: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "optimizer_state.json").read_text())["num_updates"] == 3
 
 
+def test_a_trainer_s_folder_with_deepspeed_inside(deepspeed_runs: Any, base: str, tmp_path: Path) -> None:
+    source, truth = deepspeed_runs[2, "2"]
+    trainer = _copied(source, tmp_path / "checkpoint-3")
+    logged = [{"epoch": 1.0, "learning_rate": 5e-4, "step": 3}]
+    course = {"epoch": 1.0, "global_step": 3, "log_history": logged}
+    (trainer / "trainer_state.json").write_text(json.dumps(course), encoding="utf-8")
+    found, _ = imported(trainer, base)
+    assert_same(found, truth)
+    assert found.state is not None and (found.state.epoch, found.state.mean_learning_rate) == (1, 5e-4)
+    (trainer / "trainer_state.json").write_text(json.dumps({**course, "global_step": 2}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"took 3 steps, the trainer_state\.json beside it says 2"):
+        import_checkpoint(str(trainer), str(tmp_path / "out"))
+
+
+def test_models_that_tensor_parallelism_cut_are_refused(deepspeed_runs: Any, tmp_path: Path) -> None:
+    cut = _copied(deepspeed_runs[2, "2"][0], tmp_path / "cut")
+    (cut / "global_step3" / "mp_rank_01_model_states.pt").touch()
+    with pytest.raises(ModelError, match=r"cut by tensor or pipeline parallelism"):
+        import_checkpoint(str(cut), str(tmp_path / "out"))
+
+
 def test_the_oracle_model_is_the_project_s(base: str) -> None:
     from rose_ray.config.models import LoraConfig
     from rose_ray.model.base import attach_adapter
