@@ -34,6 +34,8 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "warmup.max_batch_tokens": (),
     "warmup.workers": (),
     "warmup.zero_stage": (),
+    "warmup.save_steps": (),
+    "warmup.max_restarts": (),
     "gradients": _AFTER_WARMUP,
     "gradients.adam": _AFTER_WARMUP,
     "gradients.stored_dtype": ("features", *_REDUCED),

@@ -191,12 +191,20 @@ class WarmupConfig(Strict):
     adam_eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients of a step are clipped to this length.")
     workers: int = Field(1, ge=1, description="Data-parallel workers.")
-    zero_stage: Literal[0, 1, 2] = Field(0, description="What DeepSpeed shards among them.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What DeepSpeed shards among them: 1 the optimizer's state, 2 gradients too, 3 the model too."
+    )
+    save_steps: int = Field(
+        100,
+        ge=1,
+        description="Steps between saved states, from which an interrupted training goes on; epochs' ends too.",
+    )
+    max_restarts: int = Field(2, ge=0, description="How often workers are started again after one of them was lost.")
     adapters: list[str] | None = Field(
         None,
         min_length=1,
         description="Your own PEFT adapter folders instead of a warm-up. Without moments.safetensors and "
-        "optimizer_state.json, as a warm-up writes them, in each, only gradients.adam: sgd is open.",
+        "optimizer_state.json in each, as warm-up and import-checkpoint write them, only gradients.adam: sgd is open.",
     )
     adapter_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Weights of those adapters, for instance learning rates; equal where unset."
@@ -358,6 +366,11 @@ class JobConfig(Strict):
             raise ValueError(
                 f"gradients.packing: only flash_attention_2 keeps packed rows apart without a mask of length squared; "
                 f"model.attention is {self.model.attention}"
+            )
+        if self.model.quantized != "none" and self.warmup.zero_stage == 3:
+            raise ValueError(
+                f"warmup.zero_stage: 3 would partition the packed weights of model.quantized: {self.model.quantized}: "
+                "set zero_stage: 2 or lower"
             )
         for target in self.targets:
             if target.normalize == "projected" and self.is_exact(target):

@@ -25,7 +25,9 @@ from rose_ray.distributed.own_adapters import (
     describe_moments,
     own_digest,
 )
-from rose_ray.distributed.warmup import WarmupJob, run_warmup
+from rose_ray.distributed.resume import forget_state
+from rose_ray.distributed.training import WarmupJob
+from rose_ray.distributed.warmup import run_warmup
 from rose_ray.errors import AlteredFileError, DataError, ModelError
 from rose_ray.filesystem import child, locate, read_bytes
 from rose_ray.model.checkpoint import adapter_digest
@@ -97,7 +99,8 @@ def _warmup_settings(job: Job) -> dict[str, Any]:
         digests = [own_digest(locate(name)) for name in config.warmup.adapters]
         check_moments(config)
         return {**common, "adapters": digests, "weights": config.warmup.adapter_weights}
-    not_numeric = {"max_batch_tokens", "workers", "zero_stage", "adapters", "adapter_weights"}
+    not_numeric = {"max_batch_tokens", "workers", "zero_stage", "save_steps", "max_restarts"}
+    not_numeric |= {"adapters", "adapter_weights"}
     return {
         **common,
         "text": identity.text,
@@ -138,7 +141,9 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
         training, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
     )
     files = [samples, *(FileRecord(**record) for c in checkpoints for record in c.pop("files"))]
-    return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
+    manifest = _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
+    forget_state(job.workspace, folder)
+    return manifest
 
 
 def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:

@@ -32,7 +32,7 @@ from rose_ray.distributed.probe import (
 from rose_ray.distributed.resources import actors_at_once, cluster_nodes, granted_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
-from rose_ray.distributed.warmup import WarmupJob
+from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import RoseError
 from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS

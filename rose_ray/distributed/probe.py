@@ -14,7 +14,7 @@ from rose_ray.config.models import ModelConfig, TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import BankActor, ScoringSpec, cached_tokeniser
 from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group
-from rose_ray.distributed.warmup import WarmupJob, WarmupTrainer
+from rose_ray.distributed.training import WarmupJob, WarmupTrainer
 from rose_ray.kernels.influence import influence
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.span import SpanProjection

@@ -73,8 +73,8 @@ class _Board:
     def __init__(self) -> None:
         self.total, self.done, self.note = 0, 0, ""
 
-    def set_total(self, total: int) -> None:
-        self.total = total
+    def start(self, total: int, done: int) -> None:
+        self.total, self.done = total, done  # workers that go on after others, lost ones, begin where those were saved
 
     def advance(self, count: int, note: str) -> None:
         self.done, self.note = self.done + count, note
@@ -85,7 +85,7 @@ class _Board:
 
 @contextmanager
 def shown_progress(stage: str, unit: str) -> Iterator[Any]:
-    """Give workers a board to report to (``set_total``, ``advance``), and show what stands on it."""
+    """Give workers a board to report to (``start``, ``advance``), and show what stands on it."""
     board: Any = ray.remote(num_cpus=0)(_Board).remote()
     finished = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, stage, unit, finished), daemon=True)

@@ -20,6 +20,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 MOMENTS_FILE = "moments.safetensors"
 STATE_FILE = "optimizer_state.json"
+UNSUPPORTED_SETTINGS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Of a PEFT adapter; where one of them is set, it is another kind of adapter than the one that is scored."""
 
 _EXP_AVG = "exp_avg."
 _EXP_AVG_SQ = "exp_avg_sq."
@@ -33,8 +35,8 @@ class OptimizerState:
         num_updates: Steps taken when the checkpoint was made.
         mean_learning_rate: Mean over the steps of its epoch.
         adam_beta1, adam_beta2, adam_eps: Of Adam.
-        max_grad_norm: Length that gradients were clipped to.
-        epoch: Number of the epoch that it ends, from 1.
+        max_grad_norm: Length that gradients were clipped to; None where another trainer did not say.
+        epoch: Number of the epoch that it ends, from 1; None likewise.
     """
 
     num_updates: int
@@ -42,8 +44,8 @@ class OptimizerState:
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
-    max_grad_norm: float
-    epoch: int
+    max_grad_norm: float | None
+    epoch: int | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def check_adapter_config(folder: Location, *, rank: int, alpha: float, target_mo
     differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
     if set(found.get("target_modules") or []) != set(target_modules):
         differing["target_modules"] = (found.get("target_modules"), target_modules)
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for key in UNSUPPORTED_SETTINGS:
         if found.get(key):
             differing[key] = (found[key], None)
     if differing:

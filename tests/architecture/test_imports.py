@@ -92,6 +92,29 @@ def test_every_room_stands_in_the_contract_on_frameworks() -> None:
     assert not lacking
 
 
+UNPICKLING = {
+    "torch": {"load"},
+    "pickle": {"load", "loads", "Unpickler"},
+    "joblib": {"load"},
+    "dill": {"load", "loads"},
+}
+"""What can run code that a file holds."""
+
+
+def test_one_place_reads_pickles_and_it_asks_for_tensors_alone() -> None:
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            owner = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+            if isinstance(node, ast.Attribute) and node.attr in UNPICKLING.get(owner, ()):
+                found.append(path.relative_to(ROOT / "rose_ray").as_posix())
+            if isinstance(node, ast.ImportFrom):
+                assert not UNPICKLING.get(str(node.module), set()) & {name.name for name in node.names}, path
+    assert found == ["foreign/pickles.py"]
+    text = (ROOT / "rose_ray/foreign/pickles.py").read_text(encoding="utf-8")
+    assert text.count("weights_only=True") == 1 and "weights_only=False" not in text
+
+
 def test_one_place_starts_ray() -> None:
     starting = [path.name for path in MODULES if "ray.init(" in path.read_text(encoding="utf-8")]
     assert starting == ["session.py"]

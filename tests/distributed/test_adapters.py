@@ -130,6 +130,7 @@ def test_adapters_that_bring_their_moments_give_the_features_of_the_warmup_they_
 ) -> None:
     folders = [_whole(finished, number) for number in range(NUM_EPOCHS)]
     rates = [json.loads((Path(folder) / STATE_FILE).read_text())["mean_learning_rate"] for folder in folders]
+    folders[1] = _by_way_of_less(Path(folders[1]), copied.parent, rates[1])
     changes = own(folders, f"warmup.adapter_weights={rates}", "gradients.adam=torch")
     config = tiny_job(finished.inputs, copied, changes)
     assert f"adapter {folders[0]}: with Adam's moments after" in "\n".join(validate_job(config))
@@ -206,6 +207,31 @@ def _whole(finished: FinishedJob, number: int) -> str:
     warmup = finished.result.warmup
     assert warmup is not None
     return str(finished.workspace / warmup.folder / warmup.facts["checkpoints"][number]["name"])
+
+
+def _by_way_of_less(source: Path, folder: Path, rate: float) -> str:
+    """The same checkpoint, saved as the released code of LESS expects it and imported from there."""
+    import safetensors.torch
+    import torch
+
+    from rose_ray.distributed.import_checkpoint import import_checkpoint
+
+    saved, out = folder / "less-checkpoint", folder / "imported"
+    saved.mkdir()
+    shutil.copy(source / ADAPTER_CONFIG_FILE, saved)
+    torch.save(safetensors.torch.load_file(source / ADAPTER_FILE), saved / "adapter_model.bin")
+    moments = safetensors.torch.load_file(source / MOMENTS_FILE)
+    numbers = json.loads((source / STATE_FILE).read_text(encoding="utf-8"))
+    state: dict[str, dict[str, Any]] = {}
+    for key, tensor in moments.items():
+        kind, _, name = key.partition(".")
+        wrapped = f"module.{name.removesuffix('.weight')}.default.weight"
+        state.setdefault(wrapped, {"step": numbers["num_updates"]})[kind] = tensor
+    betas = (numbers["adam_beta1"], numbers["adam_beta2"])
+    group = {"lr": rate, "betas": betas, "eps": numbers["adam_eps"], "params": list(state)}
+    torch.save({"state": state, "param_groups": [group]}, saved / "optimizer.bin")
+    import_checkpoint(str(saved), str(out))
+    return str(out)
 
 
 def _spoilt(source: Path, folder: Path) -> str:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,27 +97,125 @@ def _allow_float64() -> None:
     import_deepspeed("cpu").get_accelerator().is_fp16_supported = lambda: False
 
 
-def warm_up(rank: int, num_ranks: int, port: int, jobs: Sequence[Any], probe: Any) -> list[dict[str, Any]]:
+def warm_up(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    jobs: Sequence[Any],
+    probe: Any,
+    interrupted: Sequence[tuple[Any, Any]] = (),
+    num_updates: int = 0,
+    left: Sequence[Any] = (),
+) -> list[dict[str, Any]]:
     """Warm-ups one after another, as Ray Train's workers run them.
 
+    Args:
+        rank, num_ranks, port: The place in the process group.
+        jobs: Trained at a stretch, or from where others left them.
+        probe: Token ids.
+        interrupted: Equal jobs but for their folders: one is trained at a stretch, the other by workers that vanish
+            after ``num_updates`` steps and by others that go on.
+        num_updates: See there.
+        left: Trained by workers that vanish likewise, and left to others.
+
     Returns:
-        For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``.
+        For each job: ``epochs``, what each of them reported, and ``logits``, of the trained model for ``probe``. Then
+        for each pair: ``whole`` and ``cut``, the reports of each, and ``resumed_at``, the steps that were found saved.
     """
     import torch
 
-    from rose_ray.distributed.warmup import _Trainer
+    from rose_ray.distributed.training import WarmupTrainer
 
     place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.distributed.init_process_group("gloo")
     results = []
     for job in jobs:
-        trainer = _Trainer(job, rank=rank, num_workers=num_ranks)
-        epochs = [trainer.train_epoch(epoch) for epoch in range(1, job.warmup.epochs + 1)]
+        trainer = WarmupTrainer(job, rank=rank, num_workers=num_ranks)
+        while len(trainer.epochs) < job.warmup.epochs:
+            trainer.train_epoch()
         trainer.model.eval()
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([probe])).logits
-        results.append({"epochs": epochs, "logits": logits.float().numpy()})
+        results.append({"epochs": trainer.epochs, "logits": logits.float().numpy()})
+    for whole, cut in interrupted:
+        _vanishing(cut, num_updates, rank, num_ranks)
+        unbroken, later = (WarmupTrainer(job, rank=rank, num_workers=num_ranks) for job in (whole, cut))
+        resumed_at = later.num_updates
+        for trainer in (unbroken, later):
+            while len(trainer.epochs) < whole.warmup.epochs:
+                trainer.train_epoch()
+        results.append({"whole": unbroken.epochs, "cut": later.epochs, "resumed_at": resumed_at})
+    for job in left:
+        _vanishing(job, num_updates, rank, num_ranks)
+    return results
+
+
+def _vanishing(job: Any, num_updates: int, rank: int, num_ranks: int) -> None:
+    """Train as workers do that vanish after so many updates, among them the first epoch's."""
+    from rose_ray.distributed.training import WarmupTrainer
+
+    class VanishedError(Exception):
+        pass
+
+    class Vanishing(WarmupTrainer):
+        def step(self, step: Any) -> float:
+            if self.num_updates == num_updates:
+                raise VanishedError
+            return super().step(step)
+
+    trainer = Vanishing(job, rank=rank, num_workers=num_ranks)
+    with suppress(VanishedError):
+        for _ in range(job.warmup.epochs):
+            trainer.train_epoch()
+
+
+def save_deepspeed(rank: int, num_ranks: int, port: int, base: str, lora: Any, cases: Any) -> list[dict[str, Any]]:
+    """Short trainings that DeepSpeed saves: ``cases`` are (folder, its configuration) each.
+
+    Returns:
+        For each case: ``weight``, ``exp_avg`` and ``exp_avg_sq`` by parameter name as DeepSpeed itself hands them out,
+        numpy, float32; ``step``, the number that Adam itself has come to.
+    """
+    import torch
+
+    from rose_ray.distributed.engine import import_deepspeed
+    from tests import oracles
+
+    deepspeed = import_deepspeed("cpu")
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    results = []
+    for folder, config in cases:
+        torch.manual_seed(1)
+        model = oracles.peft_model(base, **lora, dtype=torch.float32).train()
+        named = oracles.trainable(model)
+        adam = torch.optim.AdamW(named.values(), lr=3e-3, betas=(0.8, 0.95), eps=1e-7)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        for step in range(3):
+            ids = torch.tensor([[5 + step, 17, 40 + rank, 9]])
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+        engine.save_checkpoint(folder)
+        if rank == 0:
+            engine.module.peft_config["default"].save_pretrained(folder)
+        whole: dict[str, Any] = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, p in named.items():
+            if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+                found = [
+                    safe_get_full_fp32_param(p),
+                    *(safe_get_full_optimizer_state(p, key) for key in list(whole)[1:]),
+                ]
+            else:
+                master = adam.param_groups[0]["params"][list(named).index(name)]  # a float32 copy beside bfloat16
+                found = [master, *(adam.state[master][key] for key in list(whole)[1:])]
+            for key, tensor in zip(whole, found, strict=True):
+                whole[key][name] = tensor.detach().float().numpy().copy()
+        results.append({**whole, "step": {int(entry["step"]) for entry in adam.state.values()}})
     return results
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rose_ray.config.models import DeepSpeedConfig, LoraConfig, ModelConfig, WarmupConfig
 from rose_ray.distributed.engine import load_scoring_model
-from rose_ray.distributed.warmup import WarmupJob
+from rose_ray.distributed.training import WarmupJob
 from rose_ray.filesystem import locate
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import read_checkpoint

@@ -12,7 +12,7 @@ import torch
 
 from rose_ray.config.models import LoraConfig, ModelConfig, WarmupConfig
 from rose_ray.data.tokenize import Sample
-from rose_ray.distributed.warmup import WarmupJob
+from rose_ray.distributed.training import WarmupJob
 from rose_ray.filesystem import locate
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
@@ -52,14 +52,25 @@ PROBE = list(range(40, 60))
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero 0": {"zero_stage": 0},
     "zero 2": {"zero_stage": 2},
+    "zero 3": {"zero_stage": 3},
     "zero 0, small micro-batches": {"zero_stage": 0, "max_batch_tokens": 32},
     "zero 0, checkpointing": {"zero_stage": 0, "checkpointing": True},
 }
 HALF_PRECISION: dict[str, dict[str, Any]] = {
     "bfloat16, zero 0": {"zero_stage": 0, "dtype": "bfloat16"},
     "bfloat16, zero 2": {"zero_stage": 2, "dtype": "bfloat16"},
+    "bfloat16, zero 3": {"zero_stage": 3, "dtype": "bfloat16"},
 }
+MOVED = "zero 0, after two workers under zero 3"
+"""Goes on with one worker from what two left that shared the weights."""
+
 ALL = {**VARIANTS, **HALF_PRECISION}
+
+INTERRUPTED = {"dropout, zero 0": 0, "dropout, zero 2": 2, "dropout, zero 3": 3}
+"""Trained with dropout twice: at a stretch; and by workers that vanish in the second epoch, and others after them."""
+
+UPDATES_BEFORE, UPDATES_SAVED = 6, 5
+"""Of the eight: those that the first workers take, and those that their last saved state knows of."""
 
 
 class Runs:
@@ -70,15 +81,25 @@ class Runs:
         self.workspace = Workspace.open(str(folder / "workspace"), create=True)
         rows = [{"row_id": f"row-{n}", **sample.__dict__} for n, sample in enumerate(SAMPLES)]
         self.samples_file = self.workspace.write_table("samples.parquet", pa.Table.from_pylist(rows, schema=TOKENS))
+        pairs = {
+            n: [(self._dropout(n, name, "whole"), self._dropout(n, name, "cut")) for name in INTERRUPTED]
+            for n in (1, 2)
+        }
         self.results = {
             num_workers: run_ranks(
                 "warm_up",
                 num_workers,
                 folder / f"ranks-{num_workers}",
-                jobs=[self._job(num_workers, name) for name in ALL],
+                jobs=[
+                    *(self._job(num_workers, name) for name in ALL),
+                    *([self._moved(1, 0)] if num_workers == 1 else []),
+                ],
                 probe=PROBE,
+                interrupted=pairs[num_workers],
+                num_updates=UPDATES_BEFORE,
+                left=[self._moved(2, 3)] if num_workers == 2 else [],
             )
-            for num_workers in (1, 2)
+            for num_workers in (2, 1)
         }
         self.layout = layout_of(attach_adapter(load_base(ModelConfig(base=base)), LORA, dropout=0.0))
 
@@ -92,6 +113,19 @@ class Runs:
         warmup = WarmupConfig(workers=num_workers, **{**_settings(), **variant})
         folder = f"{num_workers}-{name.replace(' ', '_')}"
         return WarmupJob(self.workspace, folder, self.samples_file, model, LORA, warmup, "cpu", 1)
+
+    def _moved(self, num_workers: int, zero_stage: int) -> WarmupJob:
+        warmup = WarmupConfig(workers=num_workers, zero_stage=zero_stage, save_steps=UPDATES_SAVED, **_settings())
+        folder, model = f"1-{MOVED.replace(' ', '_')}", ModelConfig(base=self.base, dtype="float32")
+        return WarmupJob(self.workspace, folder, self.samples_file, model, LORA, warmup, "cpu", 1)
+
+    def _dropout(self, num_workers: int, name: str, kind: str) -> WarmupJob:
+        warmup = WarmupConfig(
+            workers=num_workers, zero_stage=INTERRUPTED[name], save_steps=UPDATES_SAVED, **_settings()
+        )
+        lora = LORA.model_copy(update={"dropout": 0.2})
+        folder, model = f"{num_workers}-{kind}-{name.replace(' ', '_')}", ModelConfig(base=self.base, dtype="float32")
+        return WarmupJob(self.workspace, folder, self.samples_file, model, lora, warmup, "cpu", 1)
 
     def checkpoint_folder(self, num_workers: int, name: str, epoch: int) -> Path:
         return self.folder / "workspace" / f"{num_workers}-{name.replace(' ', '_')}" / f"checkpoint-{epoch}"
@@ -171,6 +205,14 @@ def _masked(sample: Sample) -> oracles.Masked:
 def test_it_is_a_plain_loop(name: str, num_workers: int, runs: Runs, plain: Plain) -> None:
     assert 0 < plain.training.num_clipped < plain.training.num_updates  # so both kinds of steps are compared
     reports = runs.results[num_workers][0][list(VARIANTS).index(name)]["epochs"]
+    assert_plain(name, num_workers, reports, runs, plain)
+
+
+def test_other_workers_under_another_stage_can_go_on(runs: Runs, plain: Plain) -> None:
+    assert_plain(MOVED, 1, runs.results[1][0][len(ALL)]["epochs"], runs, plain)
+
+
+def assert_plain(name: str, num_workers: int, reports: list[dict[str, Any]], runs: Runs, plain: Plain) -> None:
     for epoch, (adapter, exp_avg, exp_avg_sq, loss, rate) in enumerate(plain.epochs, start=1):
         found = runs.checkpoint(num_workers, name, epoch)
         assert found.exp_avg is not None and found.exp_avg_sq is not None
@@ -197,6 +239,22 @@ def test_a_half_precision_base_trains_a_float32_adapter(name: str, num_workers: 
     first, last = plain.start, plain.epochs[-1][0]
     moved, expected = (oracles.flat(end, last) - oracles.flat(first, last) for end in (found.adapter, last))
     assert oracles.cosine(moved, expected) > LEAST_COSINE
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_workers_that_go_on_after_others_end_with_equal_bytes(name: str, num_workers: int, runs: Runs) -> None:
+    for epoch in range(1, NUM_EPOCHS + 1):
+        whole, cut = (runs.checkpoint_folder(num_workers, f"{kind}-{name}", epoch) for kind in ("whole", "cut"))
+        files = sorted(path.name for path in whole.iterdir())
+        assert len(files) == 4 and files == sorted(path.name for path in cut.iterdir())
+        assert [file for file in files if (whole / file).read_bytes() != (cut / file).read_bytes()] == []
+    reports = runs.results[num_workers][0][list(INTERRUPTED).index(name) - len(INTERRUPTED)]
+    assert reports["resumed_at"] == UPDATES_SAVED
+    for whole_epoch, cut_epoch in zip(reports["whole"], reports["cut"], strict=True):
+        without_files = [{k: v for k, v in entry.items() if k != "files"} for entry in (whole_epoch, cut_epoch)]
+        assert without_files[0] == without_files[1]
+    assert runs.checkpoint(num_workers, f"whole-{name}", 2).adapter.keys() == dict(runs.layout.shapes).keys()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

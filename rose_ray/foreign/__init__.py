@@ -1,0 +1,1 @@
+"""Training checkpoints that other trainers saved, read into names and tensors."""
