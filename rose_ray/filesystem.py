@@ -10,8 +10,10 @@ import fnmatch
 import os
 import posixpath
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from pyarrow import fs
 
@@ -115,10 +117,11 @@ def _path_matches(path: list[str], pattern: list[str]) -> bool:
     return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _path_matches(path[1:], pattern[1:])
 
 
-def write_bytes(location: Location, data: bytes) -> None:
-    """Write a whole file so that readers see the old content, or the new, and never a part.
+@contextmanager
+def open_for_writing(location: Location) -> Iterator[BinaryIO]:
+    """Give a stream for a whole file, so that readers see the old content, or the new, and never a part.
 
-    A local file is written beside its place, synced and renamed; on an object store one PUT does the same.
+    A local file is written beside its place, synced and renamed; on an object store it appears when the stream closes.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; nothing is left behind.
@@ -127,13 +130,13 @@ def write_bytes(location: Location, data: bytes) -> None:
     if not isinstance(location.filesystem, fs.LocalFileSystem):
         location.filesystem.create_dir(folder, recursive=True)
         with location.filesystem.open_output_stream(location.path) as stream:
-            stream.write(data)
+            yield stream
         return
     os.makedirs(folder, exist_ok=True)
     temporary = f"{location.path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, location.path)
@@ -143,6 +146,12 @@ def write_bytes(location: Location, data: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = location.name  # a failed write does not say where
         raise
+
+
+def write_bytes(location: Location, data: bytes) -> None:
+    """Write a whole file at once; raises as `open_for_writing`."""
+    with open_for_writing(location) as stream:
+        stream.write(data)
 
 
 def read_bytes(location: Location) -> bytes:

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from rose_ray.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from rose_ray.kernels.selection import (
-    Budget,
-    SourceRules,
-    budget_count,
-    rank_order,
-    ranks,
-    round_robin,
-    top_k,
-)
+from rose_ray.kernels.budget import Budget, SourceRules, budget_count
+from rose_ray.kernels.ranking import rank_order, ranks
+from rose_ray.kernels.selection import round_robin, top_k
 
 NUM_ROWS = 60
 Floats = np.ndarray[Any, np.dtype[np.float64]]
