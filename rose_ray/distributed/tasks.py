@@ -9,34 +9,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from rose_ray.config.models import TargetConfig
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import AccountingError, StoreError
-from rose_ray.schemas import FEATURE_REJECTED
-from rose_ray.stages.pool import read_pool_entry, read_pool_shard, skipped_rows
+from rose_ray.schemas import FEATURE_REJECTED, SELECTED
+from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
+from rose_ray.stages.pool import read_pool_entry, skipped_rows
 from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards
 from rose_ray.stages.score_table import ScoreTable
-from rose_ray.stages.select import (
-    choose,
-    joint_candidates,
-    selected_rows,
-    selection_summary,
-    target_candidates,
-    training_jsonl,
-)
+from rose_ray.stages.select import chosen_rows, selection_summary, shards_of, training_jsonl, with_records
 from rose_ray.stores.features import checkpoint_file, find_shard, read_shard_features
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.read_ahead import depth_for, read_ahead
-from rose_ray.stores.workspace import Workspace
+from rose_ray.stores.spool import PlacedSpool
+from rose_ray.stores.workspace import FileRecord, Workspace
 
 SCORES_FILE = "scores.parquet"
 REJECTED_FILE = "rejected.parquet"
 SELECTED_FILE = "selected.parquet"
 JSONL_FILE = "selected.jsonl"
 SUMMARY_FILE = "summary.json"
+CORRELATED_COLUMNS = ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
+"""What would betray a score that follows a shortcut."""
 
 
 @dataclass(frozen=True)
@@ -167,43 +163,47 @@ def select_target(
         made_from, folder: Of the artefact.
     """
     started = time.monotonic()
-    tables = {m.facts["target"]: workspace.read_table(r.path, r) for m in scores for r in [m.file(SCORES_FILE)]}
-    first = next(iter(tables.values()))
+    opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
+    first = next(iter(opened.values()))
     candidates = (
-        joint_candidates(tables, pool.counts["unique"])
+        joint_candidates(opened, pool.counts["unique"])
         if name == "training_set"
         else target_candidates(first, scores[0].facts["subtasks"], pool.counts["unique"])
     )
     positions = choose(candidates, selection)
-    records = _records(workspace, pool, first, positions)
-    selected = selected_rows(candidates, positions, records)
-    further = {
-        column: first[column].to_numpy().astype(np.float64)
-        for column in ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
-    }
+    further = {column: functools.partial(first.numbers, column) for column in CORRELATED_COLUMNS}
     summary = {"target": name, **selection_summary(candidates, further, positions)}
-    files = [
-        workspace.write_table(f"{folder}/{SELECTED_FILE}", selected),
-        workspace.write(f"{folder}/{JSONL_FILE}", training_jsonl(selected), num_rows=selected.num_rows),
-        workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary),
-    ]
+    with PlacedSpool(SELECTED, "place", len(positions)) as selected:
+        for rows in _selected_rows(workspace, pool, chosen_rows(candidates, positions)):
+            selected.append(rows)
+        files = _write_selection(workspace, folder, selected)
+    files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     counts = {"scored": summary["num_scored"], "selected": summary["num_selected"], "tokens": summary["num_tokens"]}
     facts = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
     return commit_artefact(workspace, "select", made_from, files, counts, facts, started=started, folder=folder)
 
 
-def _records(
-    workspace: Workspace, pool: Manifest, scores: pa.Table, positions: np.ndarray
-) -> dict[str, tuple[str, str]]:
-    chosen = scores.take(pa.array(positions))
-    wanted: dict[str, set[str]] = {}
-    for row_id, shard in zip(chosen["row_id"].to_pylist(), chosen["shard"].to_pylist(), strict=True):
-        wanted.setdefault(shard, set()).add(row_id)
+def _selected_rows(workspace: Workspace, pool: Manifest, chosen: pa.Table) -> Iterator[pa.Table]:
+    """Fetch the records of the selected rows, a shard at a time."""
     skipped = skipped_rows(workspace, pool)
-    records = {}
-    for shard, row_ids in wanted.items():
-        table = read_pool_shard(workspace, pool, shard, columns=["row_id", "conversation", "record"], skipped=skipped)
-        for row in table.to_pylist():
-            if row["row_id"] in row_ids:
-                records[row["row_id"]] = (row["conversation"], row["record"])
-    return records
+    entries = {entry["shard"]: entry for entry in pool.facts["shards"]}
+    columns = ["row_id", "conversation", "record"]
+
+    def read(shard: str, rows: pa.Table) -> pa.Table:
+        return with_records(rows, read_pool_entry(workspace, pool, entries[shard], columns=columns, skipped=skipped))
+
+    depth = depth_for(max(entry["record"]["num_bytes"] for entry in entries.values()))
+    return read_ahead((functools.partial(read, *each) for each in shards_of(chosen)), depth)
+
+
+def _write_selection(workspace: Workspace, folder: str, selected: PlacedSpool) -> list[FileRecord]:
+    """Write the selection in both forms, in one reading."""
+    with workspace.writer(f"{folder}/{JSONL_FILE}") as lines:
+
+        def written() -> Iterator[pa.Table]:
+            for table in selected.read():
+                lines.write(training_jsonl(table))
+                yield table
+
+        record = workspace.write_tables(f"{folder}/{SELECTED_FILE}", written(), SELECTED)
+    return [record, lines.record(record.num_rows)]

@@ -105,7 +105,8 @@ def raise_nan(num_rows: int, first: Labels) -> None:
 def _sort_keys(scores_N: NDArray[Any], first_words_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Numbers that sort as the order does, but for ties: the score's bits, and with float32 half a word of the id."""
     if scores_N.dtype == np.float32:
-        return _ascending_bits(-scores_N, np.uint32).astype(np.uint64) << 32 | first_words_N >> 32
+        bits_N: NDArray[np.uint64] = _ascending_bits(-scores_N, np.uint32).astype(np.uint64)
+        return bits_N << np.uint64(32) | first_words_N >> np.uint64(32)
     return _ascending_bits(-scores_N.astype(np.float64), np.uint64)
 
 
@@ -113,7 +114,8 @@ def _ascending_bits(values_N: NDArray[Any], kind: type[np.unsignedinteger[Any]])
     """Bits of floats, turned so that they sort as unsigned numbers; both zeros are one."""
     bits_N = (values_N + values_N.dtype.type(0)).view(kind)
     sign = kind(1 << (8 * bits_N.itemsize - 1))
-    return np.where(bits_N & sign, ~bits_N, bits_N | sign)
+    turned_N: NDArray[Any] = np.where(bits_N & sign, ~bits_N, bits_N | sign)
+    return turned_N
 
 
 def _settle_ties(order_N: Positions, keys_N: NDArray[np.uint64], words_NW: NDArray[np.uint64]) -> None:
