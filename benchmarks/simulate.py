@@ -26,10 +26,10 @@ from benchmarks.svg_plot import Axis, line_chart, write_chart
 from benchmarks.timing import write_results
 from rose_ray.data.batches import length_batches, padding_fraction
 
-NUM_SEEDS = 5
+NUM_SEEDS = 20
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 SHARD_ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-FAILURE_RATES = (0.0, 0.001, 0.01, 0.1)
+FAILURE_RATES = (0.0, 0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Shards:
 
     Attributes:
         rows: Of a shard.
-        fixed_seconds: Per shard: six files and Ray's own work. 30 ms measured on a disk, and 50 ms assumed for each of
+        fixed_seconds: Per shard: six files. 10 ms measured on a disk, and 50 ms assumed for each of
             six PUTs.
         row_seconds: Per row, for encoding features: measured at D 8192, four checkpoints, one core.
         padding: Share of positions that are padding, since lengths are sorted within a shard only.
@@ -90,8 +90,8 @@ class Shards:
     """
 
     rows: int = 512
-    fixed_seconds: float = 0.33
-    row_seconds: float = 0.0004
+    fixed_seconds: float = 0.31
+    row_seconds: float = 0.0008
     padding: float = 0.0
     spread: float = 0.8
 
@@ -126,7 +126,7 @@ def simulate(job: Job, cluster: Cluster, shards: Shards, seed: int = 0) -> Outco
     steps = job.rows * job.warmup_fraction * job.warmup_epochs
     outcome.warmup = started_over(steps * job.sample_seconds / gpus, gpus, cluster, random)
     outcome.bank = started_over(2 * job.num_pairs * job.checkpoints * job.sample_seconds, 1, cluster, random)
-    Features(job, cluster, shards, random, outcome).run()
+    Features(job, cluster, shards, seed, outcome).run()
     return outcome
 
 
@@ -145,15 +145,15 @@ def started_over(seconds: float, gpus: int, cluster: Cluster, random: np.random.
 class Features:
     """The feature stage: a queue of shards, actors that take from it, nodes that fail."""
 
-    def __init__(
-        self, job: Job, cluster: Cluster, shards: Shards, random: np.random.Generator, outcome: Outcome
-    ) -> None:
-        self.cluster, self.random, self.outcome = cluster, random, outcome
+    def __init__(self, job: Job, cluster: Cluster, shards: Shards, seed: int, outcome: Outcome) -> None:
+        self.cluster, self.outcome = cluster, outcome
+        # Nodes fail at the same times whatever the shards, so that shard sizes are compared on the same luck.
+        self.luck = [np.random.default_rng([seed, 1, node]) for node in range(_num_nodes(cluster))]
         counts = np.full(-(-job.rows // shards.rows), shards.rows)
         counts[-1] = job.rows - shards.rows * (len(counts) - 1)
         work = counts * job.checkpoints * job.sample_seconds / (1 - shards.padding)
         variance = math.log1p(shards.spread**2 / shards.rows)
-        self.work = work * random.lognormal(-variance / 2, math.sqrt(variance), len(counts))
+        self.work = work * np.random.default_rng([seed, 0]).lognormal(-variance / 2, math.sqrt(variance), len(counts))
         self.overhead = shards.fixed_seconds + counts * shards.row_seconds
         self.queue = deque(range(len(counts)))
         self.left = len(counts)
@@ -166,10 +166,9 @@ class Features:
 
     def run(self) -> None:
         """Simulate until the last shard is done, and account for every GPU second."""
-        nodes = range(math.ceil(self.cluster.gpus / self.cluster.gpus_per_node))
         for gpu in range(self.cluster.gpus):
             self._push(self.cluster.load_seconds, "ready", gpu)
-        for node in nodes:
+        for node in range(_num_nodes(self.cluster)):
             self._push_failure(0.0, node)
         now = 0.0
         while self.left:
@@ -190,7 +189,7 @@ class Features:
 
     def _push_failure(self, now: float, node: int) -> None:
         if self.cluster.failures:
-            self._push(now + self.random.exponential(3600 / self.cluster.failures), "fail", node)
+            self._push(now + self.luck[node].exponential(3600 / self.cluster.failures), "fail", node)
 
     def _start(self, now: float, gpu: int) -> None:
         self._end_idleness(now, gpu)
@@ -247,6 +246,10 @@ class Features:
                 self.outcome.loading += now - self.loaded[gpu]
 
 
+def _num_nodes(cluster: Cluster) -> int:
+    return math.ceil(cluster.gpus / cluster.gpus_per_node)
+
+
 def padding_of(shard_rows: int, tokens: float = 300.0, batch_tokens: int = 16_384, num_rows: int = 16_384) -> float:
     """Share of padding where lengths (log-normal, at most 2,048) are sorted within a shard, by the engine's batches."""
     lengths = np.random.default_rng(0).lognormal(math.log(tokens) - 0.32, 0.8, num_rows).clip(16, 2048).astype(int)
@@ -255,20 +258,37 @@ def padding_of(shard_rows: int, tokens: float = 300.0, batch_tokens: int = 16_38
     return 1 - float(lengths.sum()) / positions
 
 
-def averaged(job: Job, cluster: Cluster, shards: Shards) -> dict[str, float]:
-    """Means over seeds: hours by stage, GPU hours held and needed, shares of the features' GPU time."""
-    outcomes = [simulate(job, cluster, shards, seed) for seed in range(NUM_SEEDS)]
-    mean_of = {key: mean(asdict(each)[key] for each in outcomes) for key in asdict(outcomes[0])}
+def averaged(job: Job, cluster: Cluster, shards: Shards, num_seeds: int = NUM_SEEDS) -> dict[str, float]:
+    """Means over seeds: hours by stage, GPU hours, shares of the features' GPU time."""
+    outcomes = [simulate(job, cluster, shards, seed) for seed in range(num_seeds)]
+    mean_of = {key: mean(float(asdict(each)[key]) for each in outcomes) for key in asdict(outcomes[0])}
     total = mean(each.total for each in outcomes)
     spent = cluster.gpus * mean_of["features"]
-    exact = job.rows * job.checkpoints * job.sample_seconds
-    line = {key: mean_of[key] / 3600 for key in ("warmup", "bank", "features", "reduce")}
-    line |= {"total hours": total / 3600, "GPU hours held": cluster.gpus * total / 3600}
+    rows = job.rows * job.checkpoints * job.sample_seconds
+    line = {f"{key} h": mean_of[key] / 3600 for key in ("warmup", "bank", "features", "reduce")}
+    line |= {"all h": total / 3600, "GPU h held": cluster.gpus * total / 3600}
     gpus = min(job.warmup_gpus, cluster.gpus)
-    needed = gpus * mean_of["warmup"] + mean_of["bank"] + spent
-    line |= {"GPU hours needed": needed / 3600, "of the features' GPU time: the rows": exact / spent}
-    line |= {key: mean_of[key] / spent for key in ("overhead", "lost", "loading", "down", "idle")}
+    line |= {"GPU h used": (gpus * mean_of["warmup"] + mean_of["bank"] + spent) / 3600}
+    line |= {"rows %": 100 * rows / spent, "padding %": 100 * (mean_of["useful"] - rows) / spent}
+    line |= {f"{key} %": 100 * mean_of[key] / spent for key in ("overhead", "lost", "loading", "down", "idle")}
     return {**line, "failures": mean_of["failures"]}
+
+
+def by_gpus(job: Job, shards: Shards, rate: float, num_seeds: int) -> list[dict[str, Any]]:
+    """A line for each size of the cluster."""
+    return [{"GPUs": gpus, **averaged(job, Cluster(gpus, failures=rate), shards, num_seeds)} for gpus in GPUS]
+
+
+def by_shards(job: Job, gpus: int, rate: float) -> list[dict[str, Any]]:
+    """A line for each shard size."""
+    lines = []
+    for size in SHARD_ROWS:
+        shards = Shards(size, padding=padding_of(size))
+        line = averaged(job, Cluster(gpus, failures=rate), shards)
+        lines.append(
+            {"shard rows": size, **{key: line[key] for key in line if key.endswith("%") or key == "features h"}}
+        )
+    return lines
 
 
 def main() -> None:
@@ -277,46 +297,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--charts", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
     options = parser.parse_args()
-    padding = {rows: padding_of(rows) for rows in SHARD_ROWS}
-    pools = {"1 million rows": Job(), "100 million rows": Job(rows=100_000_000)}
-
-    def shards(rows: int = 512) -> Shards:
-        return Shards(rows, padding=padding[rows])
-
+    large = Shards(2048, padding=padding_of(2048))
+    pools = {
+        "1 million rows": (Job(), NUM_SEEDS),
+        "100 million rows": (Job(rows=100_000_000, warmup_fraction=0.0005), 3),
+    }
     sections: dict[str, list[dict[str, Any]]] = {}
     lines: dict[str, list[tuple[float, float]]] = {}
-    for title, job in pools.items():
-        rate = 0.01
-        sections[f"{title}, shards of 512, {rate} failures a node and hour"] = rows = [
-            {"GPUs": gpus, **averaged(job, Cluster(gpus, failures=rate), shards())} for gpus in GPUS
-        ]
-        lines[f"{title}, all"] = [(row["GPUs"], row["total hours"]) for row in rows]
-        lines[f"{title}, features"] = [(row["GPUs"], row["features"]) for row in rows]
-    chart = line_chart(
-        "Hours of a job, simulated (7B, 4 checkpoints)", lines, Axis("GPUs", log=True), Axis("hours", log=True)
-    )
-    write_chart(options.charts / "scaling-gpus.svg", chart)
-    waste: dict[str, list[tuple[float, float]]] = {}
-    for gpus in (64, 512):
+    for title, (job, num_seeds) in pools.items():
+        rows = by_gpus(job, large, 0.01, num_seeds)
+        sections[f"{title}, warm-up on {job.warmup_fraction:.2%}, shards of 2048, 0.01 failures a node and hour"] = rows
+        lines[f"{title}: job"] = [(row["GPUs"], row["all h"]) for row in rows]
+        lines[f"{title}: features"] = [(row["GPUs"], row["features h"]) for row in rows]
+    axes = Axis("GPUs", log=True), Axis("hours", log=True)
+    write_chart(options.charts / "scaling-gpus.svg", line_chart("Hours, simulated (7B, 4 checkpoints)", lines, *axes))
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for num_rows, gpus in ((10_000, 8), (1_000_000, 64), (1_000_000, 512)):
         for rate in FAILURE_RATES:
-            title = f"1 million rows, {gpus} GPUs, {rate} failures a node and hour"
-            sections[title] = rows = [
-                {"shard rows": size, "padding": padding[size]}
-                | averaged(Job(), Cluster(gpus, failures=rate), shards(size))
-                for size in SHARD_ROWS
-            ]
-            if rate in (0.0, 0.1):
-                share = "of the features' GPU time: the rows"
-                waste[f"{gpus} GPUs, {rate:g} an hour"] = [(row["shard rows"], 100 * row[share]) for row in rows]
-    chart = line_chart(
-        "GPU time of the features that goes into rows, 1 million rows",
-        waste,
-        Axis("rows of a shard", log=True, ticks=(10, 100, 1000, 10_000)),
-        Axis("per cent"),
-    )
+            rows = by_shards(Job(rows=num_rows), gpus, rate)
+            sections[f"{num_rows:,} rows, {gpus} GPUs, {rate:g} failures a node and hour"] = rows
+            if rate in (FAILURE_RATES[0], FAILURE_RATES[-1]):
+                name = f"{num_rows:,} rows, {gpus} GPUs" + (f", {rate:g} failures/h" if rate else "")
+                shares[name] = [(row["shard rows"], row["rows %"]) for row in rows]
+    axes = Axis("rows of a shard", log=True, ticks=SHARD_ROWS[::2]), Axis("per cent")
+    chart = line_chart("Share of the features' GPU time that goes into rows, simulated", shares, *axes)
     write_chart(options.charts / "scaling-shards.svg", chart)
     facts: dict[str, Any] = {"seeds": NUM_SEEDS, "simulated": "yes: no figure here is a run's"}
-    facts |= {type(each).__name__: asdict(each) for each in (Job(), Cluster(), shards())}
+    facts |= {type(each).__name__: asdict(each) for each in (Job(), Cluster(), large)}
     write_results("simulate", sections, facts, options.out)
 
 

@@ -11,8 +11,8 @@ from xml.sax.saxutils import escape
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Told apart by most eyes (Okabe and Ito)."""
 
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 70, 160, 40, 50
+WIDTH, HEIGHT = 760, 360
+LEFT, RIGHT, TOP, BOTTOM = 70, 250, 40, 50
 FONT = 'font-family="sans-serif" font-size="12"'
 
 Points = Sequence[tuple[float, float]]

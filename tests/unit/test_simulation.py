@@ -66,6 +66,6 @@ def test_a_seed_gives_the_same_again() -> None:
 
 def test_a_chart_places_points_by_their_scales() -> None:
     chart = line_chart("a < b", {"s": [(1, 10), (100, 1000)]}, Axis("x", log=True), Axis("y", log=True))
-    assert '<polyline points="70.0,310.0 480.0,40.0"' in chart and "a &lt; b" in chart
+    assert '<polyline points="70.0,310.0 510.0,40.0"' in chart and "a &lt; b" in chart
     with pytest.raises(ValueError, match="log scale"):
         line_chart("t", {"s": [(0, 1)]}, Axis("x", log=True), Axis("y"))
