@@ -285,9 +285,8 @@ def by_shards(job: Job, gpus: int, rate: float) -> list[dict[str, Any]]:
     for size in SHARD_ROWS:
         shards = Shards(size, padding=padding_of(size))
         line = averaged(job, Cluster(gpus, failures=rate), shards)
-        lines.append(
-            {"shard rows": size, **{key: line[key] for key in line if key.endswith("%") or key == "features h"}}
-        )
+        shares = {key: value for key, value in line.items() if key.endswith("%")}
+        lines.append({"shard rows": size, "features h": line["features h"], **shares})
     return lines
 
 
@@ -317,7 +316,7 @@ def main() -> None:
             rows = by_shards(Job(rows=num_rows), gpus, rate)
             sections[f"{num_rows:,} rows, {gpus} GPUs, {rate:g} failures a node and hour"] = rows
             if rate in (FAILURE_RATES[0], FAILURE_RATES[-1]):
-                name = f"{num_rows:,} rows, {gpus} GPUs" + (f", {rate:g} failures/h" if rate else "")
+                name = f"{num_rows:,} rows, {gpus} GPUs" + (", failing" if rate else "")
                 shares[name] = [(row["shard rows"], row["rows %"]) for row in rows]
     axes = Axis("rows of a shard", log=True, ticks=SHARD_ROWS[::2]), Axis("per cent")
     chart = line_chart("Share of the features' GPU time that goes into rows, simulated", shares, *axes)
