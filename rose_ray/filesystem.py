@@ -121,7 +121,8 @@ def _path_matches(path: list[str], pattern: list[str]) -> bool:
 def open_for_writing(location: Location) -> Iterator[BinaryIO]:
     """Give a stream for a whole file, so that readers see the old content, or the new, and never a part.
 
-    A local file is written beside its place, synced and renamed; on an object store it appears when the stream closes.
+    A local file is written beside its place, synced and renamed; on an object store it appears when the stream closes,
+    and is removed again where the block ended with an error.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; nothing is left behind.
@@ -129,8 +130,7 @@ def open_for_writing(location: Location) -> Iterator[BinaryIO]:
     folder = posixpath.dirname(location.path)
     if not isinstance(location.filesystem, fs.LocalFileSystem):
         location.filesystem.create_dir(folder, recursive=True)
-        with location.filesystem.open_output_stream(location.path) as stream:
-            yield stream
+        yield from _open_object(location)
         return
     os.makedirs(folder, exist_ok=True)
     temporary = f"{location.path}.{uuid.uuid4().hex}.tmp"
@@ -146,6 +146,16 @@ def open_for_writing(location: Location) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = location.name  # a failed write does not say where
         raise
+
+
+def _open_object(location: Location) -> Iterator[BinaryIO]:
+    with location.filesystem.open_output_stream(location.path) as stream:
+        try:
+            yield stream
+        except BaseException:
+            stream.close()  # the stream cannot be given up, so what it leaves is a part
+            location.filesystem.delete_file(location.path)
+            raise
 
 
 def write_bytes(location: Location, data: bytes) -> None:

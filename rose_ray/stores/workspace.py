@@ -255,8 +255,9 @@ class Workspace:
 
 def _repetitive(schema: pa.Schema) -> list[str]:
     """Columns worth a dictionary: all but vectors of floats, which it makes larger and four times slower to read."""
-    return [
-        field.name
-        for field in schema
-        if not (pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type))
-    ]
+    paths = []
+    for field in schema:
+        is_list = pa.types.is_fixed_size_list(field.type) or pa.types.is_list(field.type)
+        if not (pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)):
+            paths.append(f"{field.name}.list.element" if is_list else field.name)
+    return paths
