@@ -166,6 +166,7 @@ def write_bytes(location: Location, data: bytes) -> None:
 
 def read_bytes(location: Location) -> bytes:
     """Return a whole file, uncompressed as stored."""
-    with location.filesystem.open_input_stream(location.path, compression=None) as stream:
-        data: bytes = stream.read()
+    # A file knows its size and is read in one request; a stream is read in many small ones.
+    with location.filesystem.open_input_file(location.path) as file:
+        data: bytes = file.read()
     return data
