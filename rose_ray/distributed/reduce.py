@@ -69,7 +69,8 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
     made = {m.facts["target"]: m for features, plans in missing.values() for m in _score(job, pool, features, plans)}
     for name, scores in found.items():
         job.result.scores[name] = scores or made[name]
-        job.note(f"score {name}", job.result.scores[name], started, reused=scores is not None)
+        since = started if scores is None else time.monotonic()  # a pass that targets share counts for each of them
+        job.note(f"score {name}", job.result.scores[name], since, reused=scores is not None)
 
 
 def _score(job: Job, pool: Manifest, features: Mapping[str, Any], plans: Sequence[ScorePlan]) -> list[Manifest]:
