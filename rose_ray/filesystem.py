@@ -10,8 +10,10 @@ import fnmatch
 import os
 import posixpath
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from pyarrow import fs
 
@@ -115,10 +117,12 @@ def _path_matches(path: list[str], pattern: list[str]) -> bool:
     return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _path_matches(path[1:], pattern[1:])
 
 
-def write_bytes(location: Location, data: bytes) -> None:
-    """Write a whole file so that readers see the old content, or the new, and never a part.
+@contextmanager
+def open_for_writing(location: Location) -> Iterator[BinaryIO]:
+    """Give a stream for a whole file, so that readers see the old content, or the new, and never a part.
 
-    A local file is written beside its place, synced and renamed; on an object store one PUT does the same.
+    A local file is written beside its place, synced and renamed; on an object store it appears when the stream closes,
+    and is removed again where the block ended with an error.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; nothing is left behind.
@@ -126,14 +130,13 @@ def write_bytes(location: Location, data: bytes) -> None:
     folder = posixpath.dirname(location.path)
     if not isinstance(location.filesystem, fs.LocalFileSystem):
         location.filesystem.create_dir(folder, recursive=True)
-        with location.filesystem.open_output_stream(location.path) as stream:
-            stream.write(data)
+        yield from _open_object(location)
         return
     os.makedirs(folder, exist_ok=True)
     temporary = f"{location.path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, location.path)
@@ -145,8 +148,25 @@ def write_bytes(location: Location, data: bytes) -> None:
         raise
 
 
+def _open_object(location: Location) -> Iterator[BinaryIO]:
+    with location.filesystem.open_output_stream(location.path) as stream:
+        try:
+            yield stream
+        except BaseException:
+            stream.close()  # the stream cannot be given up, so what it leaves is a part
+            location.filesystem.delete_file(location.path)
+            raise
+
+
+def write_bytes(location: Location, data: bytes) -> None:
+    """Write a whole file at once; raises as `open_for_writing`."""
+    with open_for_writing(location) as stream:
+        stream.write(data)
+
+
 def read_bytes(location: Location) -> bytes:
     """Return a whole file, uncompressed as stored."""
-    with location.filesystem.open_input_stream(location.path, compression=None) as stream:
-        data: bytes = stream.read()
+    # A file knows its size and is read in one request; a stream is read in many small ones.
+    with location.filesystem.open_input_file(location.path) as file:
+        data: bytes = file.read()
     return data

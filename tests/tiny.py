@@ -6,13 +6,17 @@ Imports that take seconds stay inside the functions that need them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
 
 if TYPE_CHECKING:
+    from rose_ray.config.models import TargetConfig
     from rose_ray.data.tokenize import Sample
+    from rose_ray.stages.score import ShardRows
 
 _WORDS = (
     "water stone river green apple bread house light music paper seven table cloud garden letter winter "
@@ -75,6 +79,33 @@ def make_pair_rows(num_pairs: int, seed: int = 1) -> list[dict[str, Any]]:
         }
         for number in range(num_pairs)
     ]
+
+
+def digest(name: str) -> str:
+    """A row id for a short name. Ids sort as their names do."""
+    return name.encode().hex().ljust(32, "0")
+
+
+def score_rows(
+    shards: Iterable[ShardRows], banks: Sequence[pa.Table], rates: Sequence[float], target: TargetConfig
+) -> ScoredRows:
+    """One target's score table in memory."""
+    from rose_ray.stages.score import TargetScorer, score_shards
+    from rose_ray.stages.score_table import ScoreTable
+
+    scorer = TargetScorer(banks, rates, target)
+    with ScoreTable(scorer.subtasks) as table:
+        score_shards(shards, [scorer], [table])
+        table.settle()
+        return ScoredRows(pa.concat_tables(table.scored()), pa.concat_tables(table.rejected()), scorer.subtasks)
+
+
+class ScoredRows(NamedTuple):
+    """A score table, the rows that have no score, and the names of the subtasks."""
+
+    table: pa.Table
+    rejected: pa.Table
+    subtasks: list[str]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

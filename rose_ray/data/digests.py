@@ -6,12 +6,20 @@ Shape suffixes: N rows.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+from rose_ray.errors import AlteredFileError
 
 DIGEST_BYTES = 16
+
+_NO_DIGIT = 255
+_DIGIT_VALUES = np.full(256, _NO_DIGIT, dtype=np.uint8)
+_DIGIT_VALUES[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 
 Words = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -20,6 +28,27 @@ Places = npt.NDArray[np.int64]
 def digest_words(digests: Iterable[bytes]) -> Words:
     """Return digests of `DIGEST_BYTES` bytes as uint64 [N, 2]."""
     return np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def row_id_words(row_ids: pa.Array | pa.ChunkedArray) -> Words:
+    """Return row ids, hex digests of `DIGEST_BYTES` bytes, as uint64 [N, 2]. Words sort as the ids do.
+
+    Raises:
+        AlteredFileError: One is not 32 hex digits in lower case.
+    """
+    column = row_ids.combine_chunks() if isinstance(row_ids, pa.ChunkedArray) else row_ids
+    if len(column) == 0:
+        return digest_words([])
+    _, offsets, characters = column.buffers()
+    start = column.offset
+    offsets_N = np.frombuffer(offsets, dtype=np.int32)[start : start + len(column) + 1]
+    digits = np.frombuffer(characters, dtype=np.uint8)[offsets_N[0] : offsets_N[-1]]
+    values = _DIGIT_VALUES[digits]
+    if (np.diff(offsets_N) != 2 * DIGEST_BYTES).any() or (values == _NO_DIGIT).any():
+        bad = next(each for each in column.to_pylist() if not re.fullmatch("[0-9a-f]{32}", each))
+        raise AlteredFileError(f"row id {bad!r}: expected 32 hex digits. Its file was altered; make it again.")
+    pairs = values.reshape(-1, 2)
+    return (pairs[:, 0] << 4 | pairs[:, 1]).view(">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def first_places(words_N2: Words) -> Places:

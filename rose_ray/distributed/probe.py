@@ -26,7 +26,7 @@ from rose_ray.stages.budget import MemoryNeed, memory_need
 from rose_ray.stages.features import shard_features, tokenize_shard
 from rose_ray.stages.plan import PoolTokens, num_positions
 from rose_ray.stages.pool import read_pool_shard
-from rose_ray.stages.score import normalized_features
+from rose_ray.stages.stored_features import normalized_features
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.workspace import Workspace
 

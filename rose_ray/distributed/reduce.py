@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.distributed.job import Job
-from rose_ray.distributed.tasks import score_target, select_target
+from rose_ray.distributed.progress import shown_progress
+from rose_ray.distributed.tasks import ScorePlan, score_targets, select_target
 from rose_ray.stages.drift import drift
 from rose_ray.stages.drift_lines import short_drift
 from rose_ray.stages.score import SCORE_VERSION
@@ -19,6 +22,9 @@ from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
 from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_FROM = 50_000
+"""Rows of a pool whose scoring takes longer than a few seconds, so that progress is worth an actor."""
 
 
 def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
@@ -35,8 +41,10 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
         "median_exp_avg_sq": [c.get("median_exp_avg_sq") for c in checkpoints],
         "adam_eps": warmup.facts["adam_eps"],
     }
+    started = time.monotonic()
+    missing: dict[str, tuple[dict[str, Any], list[ScorePlan]]] = {}
+    found: dict[str, Manifest | None] = {}
     for target in job.config.targets:
-        started = time.monotonic()
         bank = job.result.banks[target.name]
         feature_set = job.feature_set(warmup, target)
         features = {
@@ -58,13 +66,24 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
             "aggregation": target.aggregation,
         }
         folder = f"scores/{target.name}/{artefact_key(made_from)}"
-        scores = find_manifest(job.workspace, folder)
-        reused = scores is not None
-        if scores is None:
-            scores = ray.get(job.task(score_target, job.workspace, pool, features, bank, target, made_from, folder))
-        assert scores is not None
-        job.result.scores[target.name] = scores
-        job.note(f"score {target.name}", scores, started, reused=reused)
+        found[target.name] = find_manifest(job.workspace, folder)
+        if found[target.name] is None:
+            _, plans = missing.setdefault(feature_set.key, (features, []))
+            plans.append(ScorePlan(target, bank, made_from, folder))
+    made = {m.facts["target"]: m for features, plans in missing.values() for m in _score(job, pool, features, plans)}
+    for name, scores in found.items():
+        job.result.scores[name] = scores or made[name]
+        since = started if scores is None else time.monotonic()  # a pass that targets share counts for each of them
+        job.note(f"score {name}", job.result.scores[name], since, reused=scores is not None)
+
+
+def _score(job: Job, pool: Manifest, features: Mapping[str, Any], plans: Sequence[ScorePlan]) -> list[Manifest]:
+    """Score targets that share their features in one task, so that features are read once."""
+    arguments = (job.workspace, pool, features, plans)
+    if pool.counts["unique"] < _SHOWN_FROM:
+        return list(ray.get(job.task(score_targets, *arguments)))
+    with shown_progress("score", "rows") as board:
+        return list(ray.get(job.task(score_targets, *arguments, board)))
 
 
 def make_selections(job: Job, pool: Manifest) -> None:

@@ -4,94 +4,143 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rose_ray.config.models import TargetConfig
 from rose_ray.config.selection import SelectionConfig
-from rose_ray.errors import StoreError
-from rose_ray.stages.pool import read_pool_shard, skipped_rows
-from rose_ray.stages.score import ShardRows, check_same_space, score_rows
-from rose_ray.stages.select import (
-    choose,
-    joint_candidates,
-    selected_rows,
-    selection_summary,
-    target_candidates,
-    training_jsonl,
-)
+from rose_ray.errors import AccountingError, StoreError
+from rose_ray.schemas import FEATURE_REJECTED, SELECTED
+from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
+from rose_ray.stages.pool import read_pool_entry, skipped_rows
+from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards
+from rose_ray.stages.score_table import ScoreTable
+from rose_ray.stages.select import chosen_rows, selection_summary, shards_of, training_jsonl, with_records
 from rose_ray.stores.features import checkpoint_file, find_shard, read_shard_features
 from rose_ray.stores.manifest import Manifest, commit_artefact
-from rose_ray.stores.workspace import Workspace
+from rose_ray.stores.read_ahead import depth_for, read_ahead
+from rose_ray.stores.spool import PlacedSpool
+from rose_ray.stores.workspace import FileRecord, Workspace
 
 SCORES_FILE = "scores.parquet"
 REJECTED_FILE = "rejected.parquet"
 SELECTED_FILE = "selected.parquet"
 JSONL_FILE = "selected.jsonl"
 SUMMARY_FILE = "summary.json"
+CORRELATED_COLUMNS = ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
+"""What would betray a score that follows a shortcut."""
 
 
-def score_target(
-    workspace: Workspace,
-    pool: Manifest,
-    features: Mapping[str, Any],
-    bank: Manifest,
-    target: TargetConfig,
-    made_from: dict[str, Any],
-    folder: str,
-) -> Manifest:
-    """Reduce a target's scores and commit its score table.
+@dataclass(frozen=True)
+class ScorePlan:
+    """One score table to make.
+
+    Attributes:
+        target: Objective, normalisation, aggregation.
+        bank: Of the target.
+        made_from, folder: Of the artefact.
+    """
+
+    target: TargetConfig
+    bank: Manifest
+    made_from: dict[str, Any]
+    folder: str
+
+
+def score_targets(
+    workspace: Workspace, pool: Manifest, features: Mapping[str, Any], plans: Sequence[ScorePlan], board: Any = None
+) -> list[Manifest]:
+    """Reduce the scores of targets that share their features, in one pass over them, and commit the score tables.
 
     Args:
         workspace: Where everything is.
         pool: Rows wanted.
         features: ``key``, ``space``, ``checkpoints`` (names), ``mean_learning_rates``, provenance.
-        bank: The target's bank.
-        target: Objective, normalisation, aggregation.
-        made_from, folder: Of the artefact.
+        plans: What to make.
+        board: Where progress is reported to, from ``shown_progress``.
     """
     started = time.monotonic()
-    check_same_space(features["space"], bank.facts["space"])
     names: list[str] = features["checkpoints"]
-    banks = [workspace.read_table(record.path, record) for record in (bank.file(checkpoint_file(n)) for n in names)]
-    shards = _shard_rows(workspace, pool, features["key"], names)
-    result = score_rows(shards, banks, features["mean_learning_rates"], target)
+    scorers = []
+    for plan in plans:
+        check_same_space(features["space"], plan.bank.facts["space"])
+        records = [plan.bank.file(checkpoint_file(name)) for name in names]
+        banks = [workspace.read_table(record.path, record) for record in records]
+        scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
+    with ExitStack() as stack:
+        tables = [stack.enter_context(ScoreTable(scorer.subtasks)) for scorer in scorers]
+        score_shards(_reported(_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
+        return [
+            _commit_scores(workspace, pool, features, plan, scorer, table, started)
+            for plan, scorer, table in zip(plans, scorers, tables, strict=True)
+        ]
+
+
+def _commit_scores(
+    workspace: Workspace,
+    pool: Manifest,
+    features: Mapping[str, Any],
+    plan: ScorePlan,
+    scorer: TargetScorer,
+    table: ScoreTable,
+    started: float,
+) -> Manifest:
+    table.settle()
     files = [
-        workspace.write_table(f"{folder}/{SCORES_FILE}", result.table),
-        workspace.write_table(f"{folder}/{REJECTED_FILE}", result.rejected),
+        workspace.write_tables(f"{plan.folder}/{SCORES_FILE}", table.scored(), table.schema),
+        workspace.write_tables(f"{plan.folder}/{REJECTED_FILE}", table.rejected(), FEATURE_REJECTED),
     ]
-    reasons = {row["values"]: row["counts"] for row in pc.value_counts(result.rejected["reason"]).to_pylist()}
-    counts = {"unique": pool.counts["unique"], "scored": result.table.num_rows, "rejected": result.rejected.num_rows}
+    counts = {"unique": pool.counts["unique"], "scored": table.num_scored, "rejected": table.num_rejected}
+    if counts["unique"] != counts["scored"] + counts["rejected"]:
+        raise AccountingError(f"target {plan.target.name}: {counts} do not add up. This is a bug; please report it.")
     facts = {
-        "target": target.name,
-        "subtasks": result.subtasks,
-        "objective": target.objective,
-        "normalize": target.normalize,
-        "aggregation": target.aggregation,
-        "reject_reasons": reasons,
+        "target": plan.target.name,
+        "subtasks": scorer.subtasks,
+        "objective": plan.target.objective,
+        "normalize": plan.target.normalize,
+        "aggregation": plan.target.aggregation,
+        "reject_reasons": dict(table.reasons),
         "features": dict(features),
         "pool": {"key": pool.key, "folder": pool.folder},
-        "bank": {"key": bank.key, "folder": bank.folder},
+        "bank": {"key": plan.bank.key, "folder": plan.bank.folder},
     }
-    return commit_artefact(workspace, "score", made_from, files, counts, facts, started=started, folder=folder)
+    return commit_artefact(
+        workspace, "score", plan.made_from, files, counts, facts, started=started, folder=plan.folder
+    )
 
 
-def _shard_rows(workspace: Workspace, pool: Manifest, features_key: str, names: Sequence[str]) -> list[ShardRows]:
+def _shard_rows(workspace: Workspace, pool: Manifest, features_key: str, names: Sequence[str]) -> Iterator[ShardRows]:
     skipped = skipped_rows(workspace, pool)
-    shards = []
-    for entry in pool.facts["shards"]:
-        shard = entry["shard"]
-        receipt = find_shard(workspace, features_key, shard, skipped.get(shard, []))
+    entries = pool.facts["shards"]
+
+    def receipt_of(entry: Mapping[str, Any]) -> Manifest:
+        receipt = find_shard(workspace, features_key, entry["shard"], skipped.get(entry["shard"], []))
         if receipt is None:
-            raise StoreError(f"shard {shard} has no features. Run `rose-ray features` first.")
-        table = read_pool_shard(workspace, pool, shard, columns=["row_id", "source"], skipped=skipped)
-        load = functools.partial(read_shard_features, workspace, receipt, names)
-        shards.append(ShardRows(shard, table["row_id"].to_pylist(), table["source"].to_pylist(), load))
-    return shards
+            raise StoreError(f"shard {entry['shard']} has no features. Run `rose-ray features` first.")
+        return receipt
+
+    def read(entry: Mapping[str, Any]) -> ShardRows:
+        receipt = receipt_of(entry)
+        table = read_pool_entry(workspace, pool, entry, columns=["row_id", "source"], skipped=skipped)
+        stored = read_shard_features(workspace, receipt, names)
+        return ShardRows(entry["shard"], table["row_id"], table["source"], stored)
+
+    fullest = max(entries, key=lambda entry: int(entry["num_rows"]))
+    depth = depth_for(receipt_of(fullest).num_bytes)
+    return read_ahead((functools.partial(read, entry) for entry in entries), depth)
+
+
+def _reported(shards: Iterable[ShardRows], pool: Manifest, board: Any) -> Iterator[ShardRows]:
+    if board is not None:
+        board.set_total.remote(pool.counts["unique"])
+    for shard in shards:
+        yield shard
+        if board is not None:
+            board.advance.remote(len(shard.row_ids), f"shard {shard.shard}")
 
 
 def select_target(
@@ -114,43 +163,47 @@ def select_target(
         made_from, folder: Of the artefact.
     """
     started = time.monotonic()
-    tables = {m.facts["target"]: workspace.read_table(r.path, r) for m in scores for r in [m.file(SCORES_FILE)]}
-    first = next(iter(tables.values()))
+    opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
+    first = next(iter(opened.values()))
     candidates = (
-        joint_candidates(tables, pool.counts["unique"])
+        joint_candidates(opened, pool.counts["unique"])
         if name == "training_set"
         else target_candidates(first, scores[0].facts["subtasks"], pool.counts["unique"])
     )
     positions = choose(candidates, selection)
-    records = _records(workspace, pool, first, positions)
-    selected = selected_rows(candidates, positions, records)
-    further = {
-        column: first[column].to_numpy().astype(np.float64)
-        for column in ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
-    }
+    further = {column: functools.partial(first.numbers, column) for column in CORRELATED_COLUMNS}
     summary = {"target": name, **selection_summary(candidates, further, positions)}
-    files = [
-        workspace.write_table(f"{folder}/{SELECTED_FILE}", selected),
-        workspace.write(f"{folder}/{JSONL_FILE}", training_jsonl(selected), num_rows=selected.num_rows),
-        workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary),
-    ]
+    with PlacedSpool(SELECTED, "place", len(positions)) as selected:
+        for rows in _selected_rows(workspace, pool, chosen_rows(candidates, positions)):
+            selected.append(rows)
+        files = _write_selection(workspace, folder, selected)
+    files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     counts = {"scored": summary["num_scored"], "selected": summary["num_selected"], "tokens": summary["num_tokens"]}
     facts = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
     return commit_artefact(workspace, "select", made_from, files, counts, facts, started=started, folder=folder)
 
 
-def _records(
-    workspace: Workspace, pool: Manifest, scores: pa.Table, positions: np.ndarray
-) -> dict[str, tuple[str, str]]:
-    chosen = scores.take(pa.array(positions))
-    wanted: dict[str, set[str]] = {}
-    for row_id, shard in zip(chosen["row_id"].to_pylist(), chosen["shard"].to_pylist(), strict=True):
-        wanted.setdefault(shard, set()).add(row_id)
+def _selected_rows(workspace: Workspace, pool: Manifest, chosen: pa.Table) -> Iterator[pa.Table]:
+    """Fetch the records of the selected rows, a shard at a time."""
     skipped = skipped_rows(workspace, pool)
-    records = {}
-    for shard, row_ids in wanted.items():
-        table = read_pool_shard(workspace, pool, shard, columns=["row_id", "conversation", "record"], skipped=skipped)
-        for row in table.to_pylist():
-            if row["row_id"] in row_ids:
-                records[row["row_id"]] = (row["conversation"], row["record"])
-    return records
+    entries = {entry["shard"]: entry for entry in pool.facts["shards"]}
+    columns = ["row_id", "conversation", "record"]
+
+    def read(shard: str, rows: pa.Table) -> pa.Table:
+        return with_records(rows, read_pool_entry(workspace, pool, entries[shard], columns=columns, skipped=skipped))
+
+    depth = depth_for(max(entry["record"]["num_bytes"] for entry in entries.values()))
+    return read_ahead((functools.partial(read, *each) for each in shards_of(chosen)), depth)
+
+
+def _write_selection(workspace: Workspace, folder: str, selected: PlacedSpool) -> list[FileRecord]:
+    """Write the selection in both forms, in one reading."""
+    with workspace.writer(f"{folder}/{JSONL_FILE}") as lines:
+
+        def written() -> Iterator[pa.Table]:
+            for table in selected.read():
+                lines.write(training_jsonl(table))
+                yield table
+
+        record = workspace.write_tables(f"{folder}/{SELECTED_FILE}", written(), SELECTED)
+    return [record, lines.record(record.num_rows)]

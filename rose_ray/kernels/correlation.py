@@ -5,12 +5,15 @@ Shapes: N values.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.errors import NonFiniteError, ShapeError
+
+_ROW_BLOCK = 1 << 20
 
 
 def pearson(x_N: NDArray[Any], y_N: NDArray[Any]) -> float | None:
@@ -37,25 +40,63 @@ def spearman(x_N: NDArray[Any], y_N: NDArray[Any]) -> float | None:
         NonFiniteError: A value is NaN or infinite.
     """
     x_N, y_N = _checked(x_N, y_N)
-    return pearson(average_ranks(x_N), average_ranks(y_N))
+    return rank_correlation(doubled_ranks(x_N), doubled_ranks(y_N))
+
+
+def rank_correlation(x_N: NDArray[Any], y_N: NDArray[Any]) -> float | None:
+    """Spearman's correlation of columns whose :func:`doubled_ranks` are known; added up a block at a time."""
+    middle = len(x_N) + 1.0
+    products = squares_x = squares_y = 0.0
+    for start in range(0, len(x_N), _ROW_BLOCK):
+        x_B = x_N[start : start + _ROW_BLOCK] - middle
+        y_B = y_N[start : start + _ROW_BLOCK] - middle
+        products += float(x_B @ y_B)
+        squares_x += float(x_B @ x_B)
+        squares_y += float(y_B @ y_B)
+    if not squares_x or not squares_y:
+        return None
+    return float(np.clip(products / (math.sqrt(squares_x) * math.sqrt(squares_y)), -1.0, 1.0))
 
 
 def average_ranks(values_N: NDArray[Any]) -> NDArray[np.float64]:
     """Ranks from 1 for the smallest value; equal values share the mean of the ranks they take up."""
-    _, group_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks_N: NDArray[np.float64] = (last - (counts - 1) / 2.0)[group_N]
-    return ranks_N
+    return doubled_ranks(values_N) / 2.0
+
+
+def doubled_ranks(values_N: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
+    """Twice the :func:`average_ranks`: whole numbers, of 4 bytes up to two thousand million values.
+
+    Takes some 25 bytes a value meanwhile.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite.
+    """
+    values_N = np.asarray(values_N)
+    _refuse(~np.isfinite(values_N))
+    order_N = np.argsort(values_N)
+    sorted_N = values_N[order_N]
+    first_of_group = np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1])) if len(order_N) else order_N
+    del sorted_N
+    ends = np.append(first_of_group[1:], len(order_N))
+    # A group in places a to b - 1, counted from 0, shares the rank (a + 1 + b) / 2.
+    shared = (first_of_group + ends + 1).astype(np.min_scalar_type(2 * len(order_N)))
+    doubled_N = np.empty(len(order_N), dtype=shared.dtype)
+    doubled_N[order_N] = np.repeat(shared, ends - first_of_group)
+    return doubled_N
 
 
 def _checked(x_N: NDArray[Any], y_N: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x_N, y_N = np.asarray(x_N, dtype=np.float64), np.asarray(y_N, dtype=np.float64)
     if x_N.ndim != 1 or x_N.shape != y_N.shape:
         raise ShapeError(f"columns have shapes {x_N.shape} and {y_N.shape}; expected two of one length")
-    bad = np.flatnonzero(~(np.isfinite(x_N) & np.isfinite(y_N)))
-    if bad.size:
-        raise NonFiniteError(f"{bad.size} rows hold NaN or infinity, first {bad[:10].tolist()}")
+    _refuse(~(np.isfinite(x_N) & np.isfinite(y_N)))
     return x_N, y_N
+
+
+def _refuse(bad_N: NDArray[np.bool_]) -> None:
+    if bad_N.any():
+        bad = np.flatnonzero(bad_N)
+        raise NonFiniteError(f"{bad.size} rows hold NaN or infinity, first {bad[:10].tolist()}")
 
 
 def _constant(values_N: NDArray[np.float64]) -> bool:

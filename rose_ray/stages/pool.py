@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -166,6 +167,23 @@ def read_pool_shard(
     entry = next((entry for entry in pool.facts["shards"] if entry["shard"] == shard), None)
     if entry is None:
         raise DataError(f"pool {pool.key} has no shard {shard!r}; it has {len(pool.facts['shards'])} others.")
+    return read_pool_entry(workspace, pool, entry, columns=columns, skipped=skipped)
+
+
+def read_pool_entry(
+    workspace: Workspace,
+    pool: Manifest,
+    entry: Mapping[str, Any],
+    *,
+    columns: list[str] | None = None,
+    skipped: Mapping[str, list[str]] | None = None,
+) -> pa.Table:
+    """Return what `read_pool_shard` does, for one of the pool's ``shards``: many are not found by name.
+
+    Raises:
+        AlteredFileError: The shard or the index differs from its record.
+    """
+    shard = entry["shard"]
     table = workspace.read_table(entry["path"], FileRecord(**entry["record"]), columns=columns)
     if entry["num_skipped"]:
         rows = (skipped_rows(workspace, pool) if skipped is None else skipped).get(shard, [])
@@ -185,8 +203,8 @@ def pool_row_ids(workspace: Workspace, pool: Manifest) -> list[str]:
         AlteredFileError: A shard or the index differs from its record.
     """
     skipped = skipped_rows(workspace, pool)
-    names: Iterable[str] = (entry["shard"] for entry in pool.facts["shards"])
-    tables = (read_pool_shard(workspace, pool, name, columns=["row_id"], skipped=skipped) for name in names)
+    entries: Iterable[Mapping[str, Any]] = pool.facts["shards"]
+    tables = (read_pool_entry(workspace, pool, entry, columns=["row_id"], skipped=skipped) for entry in entries)
     return [row_id for table in tables for row_id in table["row_id"].to_pylist()]
 
 

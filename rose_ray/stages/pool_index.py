@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.data.digests import DIGEST_BYTES, Places, Words, digest_words, first_places
+from rose_ray.data.digests import DIGEST_BYTES, Places, Words, digest_words, first_places, row_id_words
 from rose_ray.schemas import DUPLICATES, REJECTED
 from rose_ray.stores.workspace import FileRecord, Workspace
 
@@ -56,7 +56,7 @@ def index_pool(workspace: Workspace, entries: Sequence[Mapping[str, Any]]) -> Po
     words, ids, rows, sources, num_rows = [], [], [], [], 0
     for entry in entries:
         table = _read(workspace, entry, ["row_id", "source", "record_id"])
-        words.append(digest_words(bytes.fromhex(row_id) for row_id in table["row_id"].to_pylist()))
+        words.append(row_id_words(table["row_id"]))
         named = [(row, *pair) for row, pair in enumerate(_own_ids(table), start=num_rows) if pair[1] is not None]
         ids.append(digest_words(_id_digest(source, own_id) for _, source, own_id in named))
         rows.append(np.array([row for row, _, _ in named], dtype=np.int64))

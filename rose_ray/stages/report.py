@@ -8,6 +8,9 @@ from textwrap import shorten
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rose_ray.config.models import JobConfig, TargetConfig
 from rose_ray.data.conversation import parse_conversation
@@ -145,15 +148,23 @@ def _check_same_scores(target: TargetConfig, scores: Manifest) -> None:
 
 def _find_row(workspace: Workspace, scores: Manifest, row_id: str) -> dict[str, Any]:
     record = scores.file("scores.parquet")
-    table = workspace.read_table(record.path, record)
-    found = [i for i, each in enumerate(table["row_id"].to_pylist()) if each.startswith(row_id)]
-    if len(found) != 1:
-        what = "no scored row begins" if not found else f"{len(found)} scored rows begin"
+    found = _rows_that_begin(workspace.open_table(record.path, record), row_id)
+    if found.num_rows != 1:
+        what = "no scored row begins" if not found.num_rows else f"{found.num_rows:,} scored rows begin"
         raise DataError(
             f"{what} with {row_id!r}. Row ids stand in {record.path}; rejected rows in rejected.parquet beside it."
         )
-    row: dict[str, Any] = table.slice(found[0], 1).to_pylist()[0]
+    row: dict[str, Any] = found.to_pylist()[0]
     return row
+
+
+def _rows_that_begin(scores: pq.ParquetFile, row_id: str) -> pa.Table:
+    found = [scores.schema_arrow.empty_table()]
+    for number in range(scores.num_row_groups):
+        mask = pc.starts_with(scores.read_row_group(number, columns=["row_id"])["row_id"], pattern=row_id)
+        if pc.any(mask).as_py():
+            found.append(scores.read_row_group(number).filter(mask))
+    return pa.concat_tables(found)
 
 
 def _conversation_lines(workspace: Workspace, scores: Manifest, row: dict[str, Any]) -> Iterator[str]:

@@ -2,30 +2,36 @@
 
     influence(z, pair) = sum over checkpoints i of w_i < unit(feature_i(z)), unit(direction_i(pair)) >
 
-Section 3 of ROSE (arXiv:2412.00631): mean over the pairs of a subtask, then max over the subtasks.
+Section 3 of ROSE (arXiv:2412.00631): mean over the pairs of a subtask, then max over the subtasks. Mean and sum being
+linear, the pairs' directions are weighted and averaged once, and a row meets one vector a subtask and checkpoint.
+
+Shapes: C checkpoints, N rows, U directions, T subtasks, D numbers of a feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rose_ray.config.models import Normalization, TargetConfig
-from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceMismatchError
+from rose_ray.errors import AccountingError, AlteredFileError, NonFiniteError, SpaceMismatchError
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks, subtask_order
 from rose_ray.kernels.influence import checkpoint_weights, influence
 from rose_ray.kernels.objectives import Directions, PairGradients, bank_directions
-from rose_ray.kernels.quantization import dequantize
-from rose_ray.kernels.selection import ranks
 from rose_ray.schemas import FEATURE_REJECTED, scores_schema
+from rose_ray.stages.score_table import ScoreTable
+from rose_ray.stages.stored_features import normalized_features, row_scales, stored_features
 from rose_ray.stores.features import StoredShard
 
 SCORE_VERSION = 1
 """Raised whenever the same input would give other numbers."""
+
+_NUM_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -34,29 +40,14 @@ class ShardRows:
 
     Attributes:
         shard: Its name.
-        row_ids, sources: Of the rows wanted, in the shard's order.
-        load: Reads the features when their turn comes, so that one shard at a time is in memory.
+        row_ids, sources: Of the rows wanted, strings, in the shard's order.
+        stored: The shard's features, those of other rows among them.
     """
 
     shard: str
-    row_ids: list[str]
-    sources: list[str]
-    load: Callable[[], StoredShard]
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """A target's scores.
-
-    Attributes:
-        table: Schema ``scores_schema``; a row per scored row, in the pool's order.
-        rejected: Rows that could not be scored, schema ``FEATURE_REJECTED``.
-        subtasks: Names, in the order of their columns.
-    """
-
-    table: pa.Table
-    rejected: pa.Table
-    subtasks: list[str]
+    row_ids: pa.Array | pa.ChunkedArray
+    sources: pa.Array | pa.ChunkedArray
+    stored: StoredShard
 
 
 def check_same_space(features: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
@@ -95,42 +86,6 @@ def target_directions(banks: Sequence[pa.Table], target: TargetConfig) -> list[D
     ]
 
 
-def normalized_features(table: pa.Table, normalize: Normalization) -> np.ndarray:
-    """Return features [N, D] in the scale that ``normalize`` asks for.
-
-    Stored features are projections divided by the exact length of what was projected, so ``exact`` is what is stored.
-    Exact numbers stand behind the projected ones, as in the bank.
-    """
-    features_ND = stored_features(table)
-    if normalize == "none":
-        features_ND = features_ND * table["norm"].to_numpy()[:, None]
-    elif normalize == "projected":
-        features_ND = features_ND / np.linalg.norm(features_ND.astype(np.float64), axis=1, keepdims=True)
-    return features_ND
-
-
-def stored_features(table: pa.Table) -> np.ndarray:
-    """Return features [N, D] as stored, float32: projected numbers, then exact ones."""
-    dim = int(table.schema.metadata[b"dim"])
-    parts = []
-    if dim:
-        codes = _list_column(table, "feature")
-        scales_N = table["scale"].to_numpy() if "scale" in table.column_names else None
-        parts.append(dequantize(codes, scales_N, dim))
-    if "exact" in table.column_names:
-        parts.append(_list_column(table, "exact").astype(np.float32))
-    features_ND: np.ndarray = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    return features_ND
-
-
-def _list_column(table: pa.Table, name: str) -> np.ndarray:
-    width = table.schema.field(name).type.list_size
-    stored = table[name].combine_chunks()
-    values = (stored.chunk(0) if isinstance(stored, pa.ChunkedArray) else stored).flatten()
-    column: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(-1, width)
-    return column
-
-
 def shard_influences(
     tables: Sequence[pa.Table], directions: Sequence[Directions], normalize: Normalization
 ) -> np.ndarray:
@@ -143,106 +98,127 @@ def shard_influences(
     )
 
 
-def score_rows(
-    shards: Iterable[ShardRows],
-    banks: Sequence[pa.Table],
-    mean_learning_rates: Sequence[float],
-    target: TargetConfig,
-) -> ScoreTable:
-    """Score the pool for one target, a shard at a time.
-
-    Memory: one shard's features, and about 400 bytes a row of the pool while ranks are made.
+class TargetScorer:
+    """One target's directions, ready to meet features.
 
     Args:
-        shards: Rows wanted and their features.
         banks: The target's bank, a table per checkpoint.
         mean_learning_rates: Of the checkpoints; their shares are the weights.
         target: Objective, normalisation, aggregation.
 
+    Attributes:
+        subtasks: Names, in the order of their columns.
+    """
+
+    def __init__(self, banks: Sequence[pa.Table], mean_learning_rates: Sequence[float], target: TargetConfig) -> None:
+        directions = target_directions(banks, target)
+        self.normalize, self.aggregation = target.normalize, target.aggregation
+        self.subtasks = list(subtask_order(directions[0].subtasks))
+        self._vectors_TD = [
+            weight * aggregate_subtasks(each.vectors_UD.T, each.subtasks).T
+            for weight, each in zip(checkpoint_weights(mean_learning_rates), directions, strict=True)
+        ]
+
+    def score(self, rows: ScorableRows) -> pa.Table:
+        """Return the rows' part of the score table, schema ``scores_schema``, ranks left 0."""
+        subtask_scores_NT = np.zeros((rows.table.num_rows, len(self.subtasks)))
+        for table, features_ND, vectors_TD in zip(rows.tables, rows.features, self._vectors_TD, strict=True):
+            products_NT = influence(features_ND, vectors_TD)
+            scales_N = row_scales(table, features_ND, self.normalize)
+            with np.errstate(invalid="ignore"):  # `_check_finite` names the rows
+                subtask_scores_NT += products_NT if scales_N is None else products_NT * scales_N[:, None]
+        scores_N = aggregate_scores(subtask_scores_NT, self.aggregation)
+        _check_finite(rows, scores_N)
+        columns = [
+            *rows.table.select(["row_id", "source", "num_tokens", "num_labelled_tokens"]).columns,
+            *rows.table.select(["gradient_norm", "momentum_share"]).columns,
+            *(pa.array(column_N.astype(np.float32)) for column_N in subtask_scores_NT.T),
+            pa.array(scores_N.astype(np.float32)),
+            pa.array(np.zeros(len(scores_N), np.int64)),
+            pa.repeat(rows.shard, len(scores_N)),
+        ]
+        return pa.Table.from_arrays(columns, schema=scores_schema(self.subtasks))
+
+
+@dataclass(frozen=True)
+class ScorableRows:
+    """What all targets need to know of a shard's rows that have features and are wanted.
+
+    Attributes:
+        shard: Its name.
+        table: The columns of a score table that no target changes.
+        tables: Feature tables of these rows, one a checkpoint.
+        features: Their features [N, D], float32, as stored.
+        rejected: Rows wanted that have no features, schema ``FEATURE_REJECTED``.
+    """
+
+    shard: str
+    table: pa.Table
+    tables: list[pa.Table]
+    features: list[np.ndarray]
+    rejected: pa.Table
+
+
+def score_shards(shards: Iterable[ShardRows], scorers: Sequence[TargetScorer], tables: Sequence[ScoreTable]) -> None:
+    """Score the pool for several targets in one pass, a shard at a time, and add to the targets' tables.
+
+    Args:
+        shards: Rows wanted and their features, of one feature space.
+        scorers: Of the targets.
+        tables: Empty ones, of the same targets; `ScoreTable.settle` comes next.
+
     Raises:
         AccountingError: A wanted row is neither scored nor rejected.
         AlteredFileError: Files of one shard disagree about their rows.
-        DataError: No row could be scored.
     """
-    directions = target_directions(banks, target)
-    weights_C = checkpoint_weights(mean_learning_rates)
-    labels = directions[0].subtasks
-    subtasks = list(subtask_order(labels))
-    parts, rejected, num_wanted = [], [], 0
     for shard in shards:
-        stored = shard.load()
-        num_wanted += len(shard.row_ids)
-        part = _score_shard(shard, stored, directions, weights_C, target, subtasks)
-        parts.append(part)
-        rejected.append(_rejected_rows(shard, stored, part.num_rows))
-    table, rejected_table = pa.concat_tables(parts), pa.concat_tables(rejected)
-    if table.num_rows + rejected_table.num_rows != num_wanted:
-        raise AccountingError(f"{num_wanted} rows wanted, {table.num_rows} scored, {rejected_table.num_rows} rejected.")
-    if table.num_rows == 0:
-        raise DataError(
-            f"none of {num_wanted} rows could be scored; first reason: {rejected_table.slice(0, 1).to_pylist()}"
+        rows = scorable_rows(shard)
+        for scorer, table in zip(scorers, tables, strict=True):
+            table.add(scorer.score(rows), rows.rejected, len(shard.row_ids))
+
+
+def scorable_rows(shard: ShardRows) -> ScorableRows:
+    """Return a shard's rows that can be scored; raises as `score_shards`."""
+    stored_ids = shard.stored.tables[0]["row_id"]
+    if any(not table["row_id"].equals(stored_ids) for table in shard.stored.tables[1:]):
+        raise AlteredFileError(
+            f"shard {shard.shard}: its checkpoints hold different rows. Delete its folder and run again."
         )
-    table = _with_ranks(table, subtasks)
-    return ScoreTable(table, rejected_table, subtasks)
-
-
-def _score_shard(
-    shard: ShardRows,
-    stored: StoredShard,
-    directions: Sequence[Directions],
-    weights_C: np.ndarray,
-    target: TargetConfig,
-    subtasks: list[str],
-) -> pa.Table:
-    stored_ids = stored.tables[0]["row_id"].to_pylist()
-    for table in stored.tables[1:]:
-        if table["row_id"].to_pylist() != stored_ids:
-            raise AlteredFileError(
-                f"shard {shard.shard}: its checkpoints hold different rows. Delete its folder and run again."
-            )
-    sources = dict(zip(shard.row_ids, shard.sources, strict=True))
-    kept = pa.array([i for i, row_id in enumerate(stored_ids) if row_id in sources], pa.int64())
-    tables = [table.take(kept) for table in stored.tables]
-    influences_CNU = shard_influences(tables, directions, target.normalize)
-    influences_NU = np.einsum("c,cnu->nu", weights_C, influences_CNU)
-    subtask_scores_NT = aggregate_subtasks(influences_NU, directions[0].subtasks)
-    scores_N = aggregate_scores(subtask_scores_NT, target.aggregation)
-    row_ids = tables[0]["row_id"].to_pylist()
-
-    def mean_of(column: str) -> pa.Array:
-        return pa.array(np.mean([table[column].to_numpy() for table in tables], axis=0).astype(np.float32))
-
-    columns = [
-        pa.array(row_ids, pa.string()),
-        pa.array([sources[row_id] for row_id in row_ids], pa.string()),
-        tables[0]["num_tokens"].combine_chunks(),
-        tables[0]["num_labelled_tokens"].combine_chunks(),
-        mean_of("norm"),
-        mean_of("momentum_share"),
-        *(pa.array(subtask_scores_NT[:, t].astype(np.float32)) for t in range(len(subtasks))),
-        pa.array(scores_N.astype(np.float32)),
-        pa.array(np.zeros(len(row_ids), np.int64)),
-        pa.array([shard.shard] * len(row_ids), pa.string()),
-    ]
-    return pa.Table.from_arrays(columns, schema=scores_schema(subtasks))
-
-
-def _rejected_rows(shard: ShardRows, stored: StoredShard, num_scored: int) -> pa.Table:
-    wanted = set(shard.row_ids)
-    rows = [row for row in stored.rejected.to_pylist() if row["row_id"] in wanted]
-    if num_scored + len(rows) != len(shard.row_ids):
+    place_of = pc.index_in(stored_ids, value_set=shard.row_ids)
+    tables = shard.stored.tables
+    if place_of.null_count:
+        tables = [table.filter(place_of.is_valid()) for table in tables]
+    rejected = shard.stored.rejected.filter(pc.is_in(shard.stored.rejected["row_id"], value_set=shard.row_ids))
+    if tables[0].num_rows + rejected.num_rows != len(shard.row_ids):
         raise AccountingError(
-            f"shard {shard.shard}: {len(shard.row_ids)} rows wanted, {num_scored} scored, {len(rows)} rejected. "
-            "Delete its folder under features/ and run again."
+            f"shard {shard.shard}: {len(shard.row_ids)} rows wanted, {tables[0].num_rows} scored, "
+            f"{rejected.num_rows} rejected. Delete its folder under features/ and run again."
         )
-    return pa.Table.from_pylist(rows, schema=FEATURE_REJECTED)
+
+    def mean_of(column: str) -> np.ndarray:
+        mean_N: np.ndarray = np.mean([table[column].to_numpy() for table in tables], axis=0).astype(np.float32)
+        return mean_N
+
+    columns = {
+        "row_id": tables[0]["row_id"],
+        "source": shard.sources.take(place_of.drop_null()),
+        "num_tokens": tables[0]["num_tokens"],
+        "num_labelled_tokens": tables[0]["num_labelled_tokens"],
+        "gradient_norm": mean_of("norm"),
+        "momentum_share": mean_of("momentum_share"),
+    }
+    features = [stored_features(table) for table in tables]
+    return ScorableRows(shard.shard, pa.table(columns), tables, features, rejected.cast(FEATURE_REJECTED))
 
 
-def _with_ranks(table: pa.Table, subtasks: list[str]) -> pa.Table:
-    place = table.schema.get_field_index("rank")
-    row_ids = np.array(table["row_id"].to_pylist())
-    ranks_N = ranks(table["score"].to_numpy().astype(np.float64), row_ids)
-    return table.set_column(place, scores_schema(subtasks).field("rank"), pa.array(ranks_N.astype(np.int64)))
+def _check_finite(rows: ScorableRows, scores_N: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(scores_N.astype(np.float32)))
+    if bad.size:
+        named = ", ".join(rows.table["row_id"].take(bad[:_NUM_NAMED]).to_pylist())
+        raise NonFiniteError(
+            f"shard {rows.shard}: {bad.size} rows have scores that are not finite, first: {named}; expected features "
+            "and pairs of moderate length. Use `normalize: exact`, or delete the shard's folder under features/."
+        )
 
 
 def _pair_gradients(bank: pa.Table) -> PairGradients:

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.strict_json import without_key
 from rose_ray.errors import AccountingError
-from rose_ray.kernels.correlation import spearman
-from rose_ray.kernels.selection import Budget, SourceRules, budget_count, round_robin, top_k
+from rose_ray.kernels.correlation import doubled_ranks, rank_correlation
+from rose_ray.kernels.purse import Sources
 from rose_ray.schemas import SELECTED
+from rose_ray.stages.candidates import Candidates
 
 SELECT_VERSION = 1
 """Raised whenever the same input would give another selection."""
@@ -29,109 +28,58 @@ RECORD_KEY = "rose_ray"
 """The key under which a selected record carries its row_id, score, place and source."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The scored rows that a selection chooses from.
-
-    Attributes:
-        row_ids, sources: One a row.
-        scores_N: The score a row is listed with.
-        choices_NT: Scores whose columns take turns in a round robin.
-        choice_names: Names of those columns.
-        num_tokens_N: Tokens of each row.
-        num_pool_rows: Unique rows of the pool, unscored ones included: what a fraction is taken of.
-    """
-
-    row_ids: list[str]
-    sources: list[str]
-    scores_N: np.ndarray
-    choices_NT: np.ndarray
-    choice_names: list[str]
-    num_tokens_N: np.ndarray
-    num_pool_rows: int
-
-
-def target_candidates(scores: pa.Table, subtasks: Sequence[str], num_pool_rows: int) -> Candidates:
-    """Return the rows of one target's score table; its subtasks take turns in a round robin."""
-    return Candidates(
-        row_ids=scores["row_id"].to_pylist(),
-        sources=scores["source"].to_pylist(),
-        scores_N=scores["score"].to_numpy().astype(np.float64),
-        choices_NT=np.stack([scores[f"subtask_{name}"].to_numpy().astype(np.float64) for name in subtasks], axis=1),
-        choice_names=list(subtasks),
-        num_tokens_N=scores["num_tokens"].to_numpy(),
-        num_pool_rows=num_pool_rows,
-    )
-
-
-def joint_candidates(targets: Mapping[str, pa.Table], num_pool_rows: int) -> Candidates:
-    """Return the rows of several targets' score tables; the targets take turns, and a row's score is its best.
-
-    Raises:
-        AccountingError: The tables hold different rows.
-    """
-    tables = list(targets.values())
-    row_ids = tables[0]["row_id"].to_pylist()
-    for name, table in targets.items():
-        if table["row_id"].to_pylist() != row_ids:
-            raise AccountingError(f"the score table of {name} holds other rows than that of {next(iter(targets))}.")
-    choices_NT = np.stack([table["score"].to_numpy().astype(np.float64) for table in tables], axis=1)
-    return Candidates(
-        row_ids,
-        tables[0]["source"].to_pylist(),
-        choices_NT.max(1),
-        choices_NT,
-        list(targets),
-        tables[0]["num_tokens"].to_numpy(),
-        num_pool_rows,
-    )
-
-
-def choose(candidates: Candidates, selection: SelectionConfig) -> np.ndarray:
-    """Return the positions of the selected rows in order of choice.
-
-    Raises:
-        ConfigError: A source is unknown, or the budget exceeds what may be chosen from.
-    """
-    kind, amount = selection.budget
-    budget = Budget(tokens=int(amount)) if kind == "tokens" else Budget(count=_num_rows(kind, amount, candidates))
-    rules = SourceRules(
-        include=selection.include_sources or (),
-        exclude=selection.exclude_sources,
-        max_share=selection.source_quotas,
-    )
-    common: dict[str, Any] = {"num_tokens_N": candidates.num_tokens_N, "sources": candidates.sources, "rules": rules}
-    if selection.method == "round_robin":
-        return round_robin(candidates.choices_NT, candidates.row_ids, budget, **common)
-    return top_k(candidates.scores_N, candidates.row_ids, budget, **common)
-
-
-def selected_rows(candidates: Candidates, positions: np.ndarray, records: Mapping[str, tuple[str, str]]) -> pa.Table:
-    """Return the selection, schema ``SELECTED``, in order of choice.
+def chosen_rows(candidates: Candidates, positions: np.ndarray) -> pa.Table:
+    """Return what the score tables know of the selected rows, in the pool's order.
 
     Args:
         candidates: What was chosen from.
         positions: From ``choose``.
-        records: Conversation and record text by row_id, for the selected rows at least.
+
+    Returns:
+        The columns of ``SELECTED`` but conversation and record, and ``shard``.
     """
-    best_T = candidates.choices_NT[positions].argmax(1)
-    rows = []
-    for place, (position, best) in enumerate(zip(positions, best_T, strict=True), start=1):
-        row_id = candidates.row_ids[position]
-        conversation, record = records[row_id]
-        rows.append(
-            {
-                "place": place,
-                "row_id": row_id,
-                "source": candidates.sources[position],
-                "score": float(candidates.scores_N[position]),
-                "best_for": candidates.choice_names[best],
-                "num_tokens": int(candidates.num_tokens_N[position]),
-                "conversation": conversation,
-                "record": record,
-            }
+    order = np.argsort(positions)
+    ascending = positions[order]
+    rows = candidates.scores.rows(ascending, ["row_id", "source", "num_tokens", "shard"])
+    best_names = pa.array(list(candidates.choices), pa.string())
+    best = pa.array(candidates.choice_at(ascending).argmax(axis=1))
+    columns = {"place": order + 1, "score": candidates.score()[ascending], "best_for": best_names.take(best)}
+    for name, column in columns.items():
+        rows = rows.append_column(name, pa.array(column))
+    return rows
+
+
+def shards_of(chosen: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the selected rows of one shard after another, from what `chosen_rows` returned."""
+    if chosen.num_rows == 0:
+        return
+    runs = pc.run_end_encode(chosen["shard"].combine_chunks())
+    start = 0
+    for shard, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+        yield shard, chosen.slice(start, end - start)
+        start = end
+
+
+def with_records(chosen: pa.Table, shard: pa.Table) -> pa.Table:
+    """Return selected rows of one shard with their text, schema ``SELECTED``.
+
+    Args:
+        chosen: From `shards_of`.
+        shard: Columns ``row_id``, ``conversation`` and ``record`` of the shard.
+
+    Raises:
+        AccountingError: The shard lacks a row.
+    """
+    places = pc.index_in(chosen["row_id"], value_set=shard["row_id"])
+    if places.null_count:
+        raise AccountingError(
+            f"shard {chosen['shard'][0]}: {places.null_count} of {chosen.num_rows} selected rows are not in it. "
+            "The score table belongs to another pool; run again."
         )
-    return pa.Table.from_pylist(rows, schema=SELECTED)
+    texts = shard.select(["conversation", "record"]).take(places)
+    for name in texts.column_names:
+        chosen = chosen.append_column(name, texts[name])
+    return chosen.select(SELECTED.names).cast(SELECTED)
 
 
 def training_jsonl(selected: pa.Table) -> bytes:
@@ -150,20 +98,20 @@ def training_jsonl(selected: pa.Table) -> bytes:
 
 
 def selection_summary(
-    candidates: Candidates, scores: Mapping[str, np.ndarray], positions: np.ndarray
+    candidates: Candidates, columns: Mapping[str, Callable[[], np.ndarray]], positions: np.ndarray
 ) -> dict[str, Any]:
     """Return what a person wants to know of a selection.
 
     Args:
         candidates: What was chosen from.
-        scores: Further columns by name (labelled tokens, gradient norm, ...), correlated with the score.
+        columns: Read further columns (labelled tokens, gradient norm, ...), which are correlated with the score.
         positions: From ``choose``.
 
     Returns:
         Counts, shares by source, Spearman correlations (None where a column is constant), and warnings.
     """
-    pool, chosen = Counter(candidates.sources), Counter(candidates.sources[i] for i in positions)
-    values = candidates.scores_N[positions]
+    scores_N = candidates.score()
+    values = scores_N[positions].astype(np.float64)
     not_positive = int((values <= 0).sum())
     warnings = []
     if not_positive:
@@ -171,31 +119,36 @@ def selection_summary(
             f"{not_positive} of {len(positions)} selected rows have scores that are not positive: to first order they "
             "lower the reward margin or leave it. Select less."
         )
+    ranks_N = doubled_ranks(scores_N)
+    num_rows = len(scores_N)
+    del scores_N
     return {
         "num_selected": len(positions),
-        "num_scored": len(candidates.row_ids),
-        "num_tokens": int(candidates.num_tokens_N[positions].sum()),
-        "sources": {
-            source: {
-                "pool": count,
-                "pool_share": count / len(candidates.sources),
-                "selected": chosen[source],
-                "selected_share": chosen[source] / len(positions) if len(positions) else 0.0,
-            }
-            for source, count in pool.most_common()
-        },
+        "num_scored": num_rows,
+        "num_tokens": int(candidates.scores.numbers("num_tokens")[positions].sum(dtype=np.int64)),
+        "sources": _shares(candidates.scores.sources(), positions),
         "score": {"highest": float(values.max()), "lowest": float(values.min()), "mean": float(values.mean())},
-        "spearman_of_score": {name: spearman(candidates.scores_N, column) for name, column in scores.items()},
+        "spearman_of_score": {
+            name: rank_correlation(ranks_N, doubled_ranks(column())) for name, column in columns.items()
+        },
         "warnings": warnings,
     }
 
 
-def _num_rows(kind: str, amount: float, candidates: Candidates) -> int:
-    if kind == "count":
-        return int(amount)
-    count = budget_count(Budget(fraction=amount), candidates.num_pool_rows)
-    assert count is not None
-    return count
+def _shares(sources: Sources, positions: np.ndarray) -> dict[str, Any]:
+    pool, selected = (
+        np.bincount(codes, minlength=len(sources.names)).tolist()
+        for codes in (sources.codes_N, sources.codes_N[positions])
+    )
+    return {
+        sources.names[code]: {
+            "pool": pool[code],
+            "pool_share": pool[code] / len(sources.codes_N),
+            "selected": selected[code],
+            "selected_share": selected[code] / len(positions) if len(positions) else 0.0,
+        }
+        for code in sorted(range(len(pool)), key=lambda code: -pool[code])
+    }
 
 
 def _one_line(record: str) -> str:

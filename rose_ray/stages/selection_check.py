@@ -9,7 +9,7 @@ from decimal import Decimal
 from rose_ray.config.models import JobConfig
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import ConfigError
-from rose_ray.kernels.selection import Budget, budget_count
+from rose_ray.kernels.budget import Budget, budget_count
 
 _NUM_LISTED = 20
 

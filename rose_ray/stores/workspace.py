@@ -10,21 +10,25 @@ import hashlib
 import io
 import json
 import posixpath
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from rose_ray.errors import AlteredFileError, LeaseError, NewerFormatError, StoreError
-from rose_ray.filesystem import Location, child, locate, read_bytes, write_bytes
+from rose_ray.filesystem import Location, child, locate, open_for_writing, read_bytes
 
 FORMAT_VERSION = 1
 """Version of the workspace layout. Readers refuse a higher one."""
 
 _FORMAT_FILE = "rose_ray.json"
 _LEASE_FOLDER = "lease"
+
+_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,34 @@ def leases(workspace: Workspace) -> list[int]:
     """Return the numbers of all leases ever taken, rising."""
     names = (posixpath.basename(path) for path in workspace.list_folder(_LEASE_FOLDER))
     return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+
+
+class FileWriter(io.RawIOBase):
+    """A file being written, its size and digest counted on the way. For `Workspace.writer`.
+
+    Args:
+        path: Relative to the workspace.
+        stream: Where the bytes go; whoever opened it closes it.
+    """
+
+    def __init__(self, path: str, stream: BinaryIO) -> None:
+        self.path, self._stream, self._num_bytes, self._sha256 = path, stream, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write a bytes-like object."""
+        view = memoryview(data)
+        self._stream.write(view)
+        self._sha256.update(view)
+        self._num_bytes += view.nbytes
+        return view.nbytes
+
+    def record(self, num_rows: int = -1) -> FileRecord:
+        """What a manifest has to know of what was written."""
+        return FileRecord(self.path, self._num_bytes, self._sha256.hexdigest(), num_rows)
 
 
 class Workspace:
@@ -134,15 +166,24 @@ class Workspace:
         infos = self.root.filesystem.get_file_info(selector)
         return sorted(posixpath.relpath(info.path, self.root.path) for info in infos)
 
-    def write(self, path: str, data: bytes, *, num_rows: int = -1) -> FileRecord:
-        """Write a file atomically and return its record.
+    @contextmanager
+    def writer(self, path: str) -> Iterator[FileWriter]:
+        """Give a writer for one file, which is there once the block ends without an error; then it has a record.
 
         Raises:
-            LeaseError: A later run has taken the workspace over.
+            LeaseError: A later run has taken the workspace over; the file is not there then.
         """
         self.check_fence()
-        write_bytes(self.location(path), data)
-        return FileRecord(path, len(data), hashlib.sha256(data).hexdigest(), num_rows)
+        with open_for_writing(self.location(path)) as stream:
+            writer = FileWriter(path, stream)
+            yield writer
+            self.check_fence()
+
+    def write(self, path: str, data: bytes, *, num_rows: int = -1) -> FileRecord:
+        """Write a file atomically and return its record; raises as `writer` does."""
+        with self.writer(path) as writer:
+            writer.write(data)
+        return writer.record(num_rows)
 
     def write_json(self, path: str, content: Any) -> FileRecord:
         """Write JSON, keys in the order given, for people to read."""
@@ -150,9 +191,18 @@ class Workspace:
 
     def write_table(self, path: str, table: pa.Table) -> FileRecord:
         """Write one Parquet file atomically. The same table gives the same bytes."""
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_statistics=False)
-        return self.write(path, sink.getvalue(), num_rows=table.num_rows)
+        return self.write_tables(path, [table], table.schema)
+
+    def write_tables(self, path: str, tables: Iterable[pa.Table], schema: pa.Schema) -> FileRecord:
+        """Write tables, one after the other, to one Parquet file, each its own row groups; as `write_table`."""
+        num_rows = 0
+        with self.writer(path) as writer:
+            options = {"compression": "zstd", "write_statistics": False, "use_dictionary": _repetitive(schema)}
+            with pq.ParquetWriter(writer, schema, **options) as parquet:
+                for table in tables:
+                    parquet.write_table(table)
+                    num_rows += table.num_rows
+        return writer.record(num_rows)
 
     def read(self, path: str, record: FileRecord | None = None) -> bytes:
         """Return a file; with its record, only if size and digest agree.
@@ -164,12 +214,21 @@ class Workspace:
         if not self.exists(path):
             raise StoreError(f"{self.location(path).name}: no such file. Run the stage that makes it again.")
         data = read_bytes(self.location(path))
-        if record is not None and (len(data) != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256):
+        if record is not None:
+            self._check(path, record, len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def _check(self, path: str, record: FileRecord, num_bytes: int, sha256: str) -> None:
+        if (num_bytes, sha256) != (record.num_bytes, record.sha256):
             raise AlteredFileError(
-                f"{self.location(path).name}: {len(data)} bytes that differ from the {record.num_bytes} bytes its "
+                f"{self.location(path).name}: {num_bytes} bytes that differ from the {record.num_bytes} bytes its "
                 "manifest lists. The file was altered or cut short; delete it and run again."
             )
-        return data
+
+    def _not_parquet(self, path: str, error: Exception) -> AlteredFileError:
+        return AlteredFileError(
+            f"{self.location(path).name}: not a readable Parquet file ({error}). Delete it and run again."
+        )
 
     def read_json(self, path: str, record: FileRecord | None = None) -> Any:
         """Return parsed JSON.
@@ -195,9 +254,27 @@ class Workspace:
         try:
             return pq.read_table(pa.BufferReader(data), columns=columns)
         except (pa.ArrowException, OSError) as error:
-            raise AlteredFileError(
-                f"{self.location(path).name}: not a readable Parquet file ({error}). Delete it and run again."
-            ) from error
+            raise self._not_parquet(path, error) from error
+
+    def open_table(self, path: str, record: FileRecord) -> pq.ParquetFile:
+        """Open a Parquet table that may not fit into memory, after one reading to check it against its record.
+
+        Raises:
+            StoreError: The file is missing.
+            AlteredFileError: It differs from its record, or is not Parquet.
+        """
+        if not self.exists(path):
+            raise StoreError(f"{self.location(path).name}: no such file. Run the stage that makes it again.")
+        location, sha256, num_bytes = self.location(path), hashlib.sha256(), 0
+        with location.filesystem.open_input_stream(location.path, compression=None) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                sha256.update(block)
+                num_bytes += len(block)
+        self._check(path, record, num_bytes, sha256.hexdigest())
+        try:
+            return pq.ParquetFile(location.filesystem.open_input_file(location.path))
+        except (pa.ArrowException, OSError) as error:
+            raise self._not_parquet(path, error) from error
 
     def is_intact(self, record: FileRecord) -> bool:
         """Whether the file is there with the size its record gives. A look, not a read."""
@@ -222,3 +299,13 @@ class Workspace:
         self.check_fence()
         if self._info(path).type == fs.FileType.Directory:
             self.root.filesystem.delete_dir(self.location(path).path)
+
+
+def _repetitive(schema: pa.Schema) -> list[str]:
+    """Columns worth a dictionary: all but vectors of floats, which it makes larger and four times slower to read."""
+    paths = []
+    for field in schema:
+        is_list = pa.types.is_fixed_size_list(field.type) or pa.types.is_list(field.type)
+        if not (pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)):
+            paths.append(f"{field.name}.list.element" if is_list else field.name)
+    return paths

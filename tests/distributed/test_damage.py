@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from rose_ray.cli import app
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.run import run_job
-from rose_ray.distributed.tasks import score_target
+from rose_ray.distributed.tasks import ScorePlan, score_targets
 from rose_ray.errors import AlteredFileError, SpaceMismatchError
 from rose_ray.stores.workspace import FORMAT_VERSION
 from tests.distributed.conftest import FinishedJob
@@ -113,7 +113,8 @@ def test_bank_and_features_of_different_spaces_are_refused(finished: FinishedJob
     with pytest.raises(
         SpaceMismatchError, match=r"different spaces:\s+projection: features 'rademacher.* bank '.*sketch"
     ):
-        score_target(opened(copied), result.pool, other, result.banks["alpha"], target, scores.made_from, scores.folder)
+        plan = ScorePlan(target, result.banks["alpha"], scores.made_from, scores.folder)
+        score_targets(opened(copied), result.pool, other, [plan])
 
 
 def test_a_full_disk_under_the_driver(

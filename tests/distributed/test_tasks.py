@@ -12,18 +12,23 @@ import pytest
 from rose_ray.config.models import TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceMismatchError
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema
-from rose_ray.stages.score import ShardRows, check_same_space, score_rows
+from rose_ray.stages.score import ShardRows, check_same_space
 from rose_ray.stores.features import StoredShard
+from tests.tiny import digest, score_rows
 
 DIM = 3
 SPACE = {"base": "b", "adapters": ["x", "y"], "layout": "l", "projection": "sketch/v1/dim=3/seed=0"}
 
 
-def features(row_ids: list[str], seed: int = 0) -> pa.Table:
+def ids(*names: str) -> pa.Array:
+    return pa.array(map(digest, names), pa.string())
+
+
+def features(names: list[str], seed: int = 0) -> pa.Table:
     random = np.random.default_rng(seed)
-    count = len(row_ids)
+    count = len(names)
     vectors = random.normal(size=count * DIM).astype(np.float32)
-    columns: list[Any] = [pa.array(row_ids, pa.string()), pa.FixedSizeListArray.from_arrays(pa.array(vectors), DIM)]
+    columns: list[Any] = [ids(*names), pa.FixedSizeListArray.from_arrays(pa.array(vectors), DIM)]
     columns += [pa.array(np.ones(count)), *(pa.array(np.ones(count, np.float32)) for _ in range(2))]
     columns += [pa.array(np.full(count, 5, np.int32)) for _ in range(3)]
     return pa.Table.from_arrays(columns, schema=features_schema(DIM, "float32"))
@@ -36,24 +41,24 @@ def bank() -> pa.Table:
     return pa.Table.from_pylist([row], schema=bank_schema(DIM))
 
 
-def rejected(*row_ids: str) -> pa.Table:
-    rows = [{"row_id": row_id, "reason": "prompt_too_long", "detail": ""} for row_id in row_ids]
+def rejected(*names: str) -> pa.Table:
+    rows = [{"row_id": digest(name), "reason": "prompt_too_long", "detail": ""} for name in names]
     return pa.Table.from_pylist(rows, schema=FEATURE_REJECTED)
 
 
 TARGET = TargetConfig.model_validate({"name": "t", "pairs": [{"files": ["unused"]}]})
-SHARD = ShardRows("shard-0", ["a", "b", "c"], ["x", "x", "y"], lambda: STORED)
 STORED = StoredShard([features(["a", "c"]), features(["a", "c"], seed=1)], rejected("b"))
+SHARD = ShardRows("shard-0", ids("a", "b", "c"), pa.array(["x", "x", "y"]), STORED)
 
 
 def score(shard: ShardRows, stored: StoredShard) -> Any:
-    return score_rows([replace(shard, load=lambda: stored)], [bank(), bank()], [1.0, 1.0], TARGET)
+    return score_rows([replace(shard, stored=stored)], [bank(), bank()], [1.0, 1.0], TARGET)
 
 
 def test_rows_that_are_not_wanted_are_left_out() -> None:
-    wanted = replace(SHARD, row_ids=["c"], sources=["y"])
+    wanted = replace(SHARD, row_ids=ids("c"), sources=pa.array(["y"]))
     result = score(wanted, STORED)
-    assert result.table["row_id"].to_pylist() == ["c"] and result.table["rank"].to_pylist() == [1]
+    assert result.table["row_id"].to_pylist() == [digest("c")] and result.table["rank"].to_pylist() == [1]
     assert result.rejected.num_rows == 0
 
 

@@ -27,10 +27,11 @@ from rose_ray.schemas import FEATURE_REJECTED, TOKENS
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients
 from rose_ray.stages.directions import DirectionSettings
 from rose_ray.stages.features import shard_features
-from rose_ray.stages.score import ShardRows, score_rows
+from rose_ray.stages.score import ShardRows
 from rose_ray.stores.features import StoredShard
 from tests import oracles
 from tests.equivalence.plain_training import PlainTraining
+from tests.tiny import digest, score_rows
 
 FLOAT32_ENTRY = 3e-7
 """Features, bank and scores are stored as float32 (6e-8); the model here is float64, so nothing else differs."""
@@ -51,7 +52,10 @@ def tokeniser(base_folder: str) -> Tokeniser:
 @pytest.fixture(scope="module")
 def rows(tokeniser: Tokeniser, pool_rows: list[dict[str, Any]]) -> list[tuple[str, Sample]]:
     return [
-        (row["id"], tokeniser.encode(Conversation(tuple(Message(t["role"], t["content"]) for t in row["messages"]))))
+        (
+            digest(row["id"]),
+            tokeniser.encode(Conversation(tuple(Message(t["role"], t["content"]) for t in row["messages"]))),
+        )
         for row in pool_rows
     ]
 
@@ -117,7 +121,8 @@ class Stages:
             self.model, tokens, self.checkpoints, self.layout, [[self.projection] * len(self.checkpoints)], settings
         )
         stored = StoredShard(features.tables[0], FEATURE_REJECTED.empty_table())
-        return ShardRows("shard", [i for i, _ in rows], ["s"] * len(rows), lambda: stored), features.tables[0]
+        ids, sources = pa.array([i for i, _ in rows]), pa.array(["s"] * len(rows))
+        return ShardRows("shard", ids, sources, stored), features.tables[0]
 
     def banks(self, pairs: Sequence[EncodedPair]) -> list[pa.Table]:
         return [
@@ -161,7 +166,7 @@ def _distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float
 
 def test_scores_are_those_of_the_slow_formula(shard: ShardRows, banks: list[pa.Table]) -> None:
     found = _scores([shard], banks)
-    features = np.array([table["feature"].to_pylist() for table in shard.load().tables])
+    features = np.array([table["feature"].to_pylist() for table in shard.stored.tables])
     directions = np.array(
         [np.array(bank["gradient_l"].to_pylist()) - np.array(bank["gradient_w"].to_pylist()) for bank in banks]
     )
@@ -292,8 +297,8 @@ def test_projected_lengths_may_stand_for_exact_ones_without_a_projection(
 
 def test_scores_without_normalisation_scale_with_the_direction(shard: ShardRows, banks: list[pa.Table]) -> None:
     raw = _scores([shard], banks, normalize="none")
-    tables = shard.load().tables
-    for number, row_id in enumerate(shard.row_ids):
+    tables = shard.stored.tables
+    for number, row_id in enumerate(shard.row_ids.to_pylist()):
         total = 0.0
         for table, bank, rate in zip(tables, banks, RATES, strict=True):
             gamma = np.array(table["feature"][number].as_py()) * table["norm"][number].as_py()

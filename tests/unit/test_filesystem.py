@@ -9,7 +9,7 @@ import pytest
 from pyarrow import fs
 
 from rose_ray.errors import DataError
-from rose_ray.filesystem import Location, child, expand, locate, read_bytes, write_bytes
+from rose_ray.filesystem import Location, child, expand, locate, open_for_writing, read_bytes, write_bytes
 
 
 @pytest.fixture
@@ -115,3 +115,14 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
         write_bytes(location, b"x" * 5000)
     assert read_bytes(location) == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("kind", ["local", "other"])
+def test_a_file_whose_writing_fails_is_not_there(tmp_path, kind):
+    location = locate(str(tmp_path / "x" / "y.bin"))
+    if kind == "other":
+        location = Location(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "x/y.bin", "y.bin")
+    with pytest.raises(KeyError), open_for_writing(location) as stream:
+        stream.write(b"a part")
+        raise KeyError("stop")
+    assert os.listdir(tmp_path / "x") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import boto3
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -81,3 +82,19 @@ def test_one_run_at_a_time_holds_a_bucket(bucket):
     with held(workspace, 3600.0) as fenced:
         assert fenced.fencing_number == 2
         assert not create_exclusively(workspace.root, "lease/00000002.json", b"")
+
+
+def test_a_table_is_streamed_into_a_bucket_and_read_in_parts(bucket):
+    workspace = Workspace.open(bucket("ws"), create=True)
+    parts = [pa.table({"number": range(start, start + 3)}) for start in (0, 3)]
+    record = workspace.write_tables("tables/t.parquet", parts, parts[0].schema)
+    table = workspace.open_table("tables/t.parquet", record)
+    assert [table.read_row_group(number)["number"].to_pylist() for number in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+
+    def failing():
+        yield parts[0]
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        workspace.write_tables("tables/part.parquet", failing(), parts[0].schema)
+    assert workspace.list_folder("tables") == ["tables/t.parquet"]

@@ -166,3 +166,49 @@ def test_any_filesystem_and_other_processes(tmp_path, workspace):
 def test_records_compare_by_content(workspace):
     record = workspace.write("a", b"1")
     assert record == workspace.write("a", b"1") != replace(record, num_bytes=2)
+
+
+def test_tables_written_one_after_the_other_are_one(workspace):
+    parts = [TABLE, TABLE.slice(1), TABLE.slice(0, 0)]
+    record = workspace.write_tables("t.parquet", iter(parts), TABLE.schema)
+    assert record.num_rows == 3 and workspace.read_table("t.parquet", record).equals(pa.concat_tables(parts))
+    table = workspace.open_table("t.parquet", record)
+    assert [table.read_row_group(number).num_rows for number in range(table.num_row_groups)][:2] == [2, 1]
+    assert workspace.write_tables("one.parquet", [TABLE], TABLE.schema).sha256 == (
+        workspace.write_table("two.parquet", TABLE).sha256
+    )
+
+
+def test_a_table_whose_writing_fails_is_not_there(workspace):
+    def parts():
+        yield TABLE
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        workspace.write_tables("x/t.parquet", parts(), TABLE.schema)
+    assert workspace.list_folder("x") == []
+
+
+def test_an_opened_table_is_checked_as_a_read_one_is(workspace):
+    record = workspace.write_table("t.parquet", TABLE)
+    assert workspace.open_table("t.parquet", record).read().equals(TABLE)
+    _flip(workspace, "t.parquet")
+    with pytest.raises(AlteredFileError, match="differ from"):
+        workspace.open_table("t.parquet", record)
+    plain = workspace.write("plain.parquet", b"no table")
+    with pytest.raises(AlteredFileError, match="not a readable Parquet file"):
+        workspace.open_table("plain.parquet", plain)
+    with pytest.raises(StoreError, match="no such file"):
+        workspace.open_table("nowhere.parquet", record)
+
+
+def test_vectors_of_floats_have_no_dictionary(workspace):
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([0.5] * 8, pa.float32()), 4)
+    codes = pa.FixedSizeListArray.from_arrays(pa.array([1] * 8, pa.int8()), 4)
+    record = workspace.write_table("t.parquet", pa.table({"name": ["a", "b"], "feature": vectors, "code": codes}))
+    group = workspace.open_table("t.parquet", record).metadata.row_group(0)
+    dictionaries = {
+        group.column(number).path_in_schema.split(".")[0]: group.column(number).has_dictionary_page
+        for number in range(group.num_columns)
+    }
+    assert dictionaries == {"name": True, "feature": False, "code": True}

@@ -4,8 +4,11 @@ import hashlib
 import random
 
 import numpy as np
+import pyarrow as pa
+import pytest
 
-from rose_ray.data.digests import digest_words, first_places, is_sampled
+from rose_ray.data.digests import digest_words, first_places, is_sampled, row_id_words
+from rose_ray.errors import AlteredFileError
 
 
 def test_first_places_equal_a_dictionary():
@@ -34,3 +37,19 @@ def test_sampling_is_stable_nested_and_near_its_fraction():
     # Five standard deviations of a binomial count: a fixed outcome anyway, the bound says it is no accident.
     assert abs(len(small) - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5
     assert all(is_sampled(row, 1.0, 0) for row in ids)
+
+
+def test_row_ids_as_words_sort_as_they_do() -> None:
+    row_ids = sorted(hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(50))
+    column = pa.chunked_array([row_ids[:20], row_ids[20:], pa.array([], pa.string())])
+    words = row_id_words(column)
+    assert words.tolist() == digest_words(map(bytes.fromhex, row_ids)).tolist()
+    assert words.tolist() == sorted(words.tolist())
+    assert row_id_words(pa.array(row_ids).slice(7, 9)).tolist() == words[7:16].tolist()
+    assert row_id_words(pa.array([], pa.string())).shape == (0, 2)
+
+
+@pytest.mark.parametrize("bad", ["u", "A" * 32, "g" + "0" * 31, "0" * 31, "0" * 33])
+def test_row_ids_of_another_form_are_refused(bad: str) -> None:
+    with pytest.raises(AlteredFileError, match=f"row id '{bad}': expected 32 hex digits"):
+        row_id_words(pa.array(["0" * 32, bad]))

@@ -19,7 +19,7 @@ from rose_ray.errors import ModelError, PairError
 from rose_ray.kernels.adam import AdamState, adam_direction
 from rose_ray.kernels.projection import make_projection
 from rose_ray.model.base import load_tokeniser
-from rose_ray.stages.score import normalized_features
+from rose_ray.stages.stored_features import normalized_features
 
 END = 2
 FLOAT32_RELATIVE = 1e-6

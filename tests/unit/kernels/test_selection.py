@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from rose_ray.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from rose_ray.kernels.selection import (
-    Budget,
-    SourceRules,
-    budget_count,
-    rank_order,
-    ranks,
-    round_robin,
-    top_k,
-)
+from rose_ray.kernels import selection
+from rose_ray.kernels.budget import Budget, SourceRules, budget_count
+from rose_ray.kernels.ranking import rank_order, ranks
+from rose_ray.kernels.selection import ScoreColumns, choose_rows, round_robin, top_k
 
 NUM_ROWS = 60
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -101,6 +96,50 @@ def test_both_ways_of_choosing_equal_a_slow_walk(seed: int, rules: SourceRules, 
         expected = _slow_round_robin(columns, ids, SlowQuota(limit, costs, sources, rules))
         chosen = choose(given, ids, budget, num_tokens_N=np.array(tokens), sources=sources, rules=rules)
         assert chosen.dtype == np.int64 and chosen.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("budget", [Budget(count=7), Budget(count=16), Budget(tokens=90), Budget(tokens=170)])
+def test_shortlists_that_are_too_short_are_made_longer(
+    monkeypatch: pytest.MonkeyPatch, seed: int, rules: SourceRules, budget: Budget
+) -> None:
+    monkeypatch.setattr(selection, "_first_depth", lambda num_rows, num_columns: 1)
+    test_both_ways_of_choosing_equal_a_slow_walk(100 + seed, rules, budget)
+
+
+def test_only_a_part_of_the_rows_is_looked_up() -> None:
+    scores, looked_up = np.random.default_rng(0).normal(size=(20_000, 3)).astype(np.float32), []
+
+    def ids(positions: Any) -> Any:
+        looked_up.append(len(positions))
+        return _words(positions)
+
+    columns = ScoreColumns(len(scores), 3, lambda number: scores[:, number], ids)
+    chosen = choose_rows(columns, Budget(count=300))
+    assert chosen.tolist() == round_robin(scores, _words(np.arange(len(scores))), Budget(count=300)).tolist()
+    assert max(looked_up) < 1000
+
+
+def _words(numbers: Any) -> Any:
+    """Ids of 128 bits that are in no order and share their first half word."""
+    return np.stack([np.full(len(numbers), 7), np.asarray(numbers) * 48271 % 2147483647], axis=1).astype(np.uint64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ids_as_words_order_as_their_digits_do(dtype: Any) -> None:
+    random = np.random.default_rng(1)
+    scores = np.append(random.integers(-3, 4, 498) / 2, [-np.inf, np.inf]).astype(dtype)
+    scores[::7] *= -0.0
+    words = random.integers(0, 3, (500, 2), dtype=np.uint64) << np.uint64(40)
+    words[:, 1] += random.permutation(500).astype(np.uint64)
+    ids = [f"{high:016x}{low:016x}" for high, low in words.tolist()]
+    assert rank_order(scores, words).tolist() == _slow_order(scores.tolist(), ids)
+    with pytest.raises(DataError, match=f"row_id '{ids[3]}' occurs 2 times"):
+        rank_order(scores, np.concatenate([words[:499], words[3:4]]))
+    scores[5] = np.nan
+    with pytest.raises(NonFiniteError, match=f"first: {ids[5]};"):
+        rank_order(scores, words)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import pyarrow as pa
 import pytest
 
 from rose_ray.config.models import PairInput, TargetConfig
-from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceMismatchError
+from rose_ray.errors import AccountingError, AlteredFileError, DataError, NonFiniteError, SpaceMismatchError
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema, scores_schema
-from rose_ray.stages.score import ShardRows, check_same_space, normalized_features, score_rows, target_directions
+from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards, target_directions
+from rose_ray.stages.score_table import ScoreTable
+from rose_ray.stages.stored_features import normalized_features
 from rose_ray.stores.features import StoredShard
 from tests import oracles
+from tests.tiny import digest, score_rows
 
 DIM = 12
 RATES = [3e-5, 1e-5]
@@ -29,7 +33,7 @@ def _features(row_ids: Sequence[str], seed: int, dtype: Any = np.float32) -> pa.
     unit = [vector / np.linalg.norm(vector) for vector in vectors]
     size = len(row_ids)
     columns = [
-        pa.array(row_ids, pa.string()),
+        pa.array(map(digest, row_ids), pa.string()),
         pa.FixedSizeListArray.from_arrays(pa.array(np.array(unit).astype(dtype).reshape(-1)), DIM),
         pa.array([float(seed)] * size),
         pa.array([0.5 * seed] * size, pa.float32()),
@@ -68,11 +72,16 @@ def _shard(
     name: str, wanted: Sequence[str], stored: Sequence[str] | None = None, rejected: Sequence[str] = ()
 ) -> ShardRows:
     ids = wanted if stored is None else stored
-    reasons = [{"row_id": row_id, "reason": "zero_direction", "detail": "d"} for row_id in rejected]
+    reasons = [{"row_id": digest(name), "reason": "zero_direction", "detail": "d"} for name in rejected]
     shard = StoredShard(
         [_features(ids, seed) for seed in (1, 2)], pa.Table.from_pylist(reasons, schema=FEATURE_REJECTED)
     )
-    return ShardRows(name, list(wanted), [f"source {row_id}" for row_id in wanted], lambda: shard)
+    sources = [f"source {row_id}" for row_id in wanted]
+    return ShardRows(name, pa.array(map(digest, wanted), pa.string()), pa.array(sources, pa.string()), shard)
+
+
+def _names(table: pa.Table) -> list[str]:
+    return [bytes.fromhex(row_id).rstrip(b"\0").decode() for row_id in table["row_id"].to_pylist()]
 
 
 def _target(**settings: Any) -> TargetConfig:
@@ -102,7 +111,7 @@ def test_scores_are_weighted_cosines_mean_over_shots_and_the_best_subtask() -> N
 
 def test_the_other_columns_are_the_rows_own() -> None:
     table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]))
-    assert table["row_id"].to_pylist() == ["u", "v", "w"]
+    assert _names(table) == ["u", "v", "w"]
     assert table["source"].to_pylist() == ["source u", "source v", "source w"]
     assert table["shard"].to_pylist() == ["s0", "s0", "s1"]
     assert table["num_tokens"].to_pylist() == [10, 11, 10]
@@ -113,7 +122,7 @@ def test_the_other_columns_are_the_rows_own() -> None:
 def test_rows_that_are_not_wanted_are_passed_over() -> None:
     whole = {row["row_id"]: row for row in _scored(_shard("s", ["u", "v", "w"])).to_pylist()}
     part = _scored(_shard("s", ["u", "w"], stored=["u", "v", "w"], rejected=[])).to_pylist()
-    assert [row["row_id"] for row in part] == ["u", "w"]
+    assert [row["row_id"] for row in part] == [digest("u"), digest("w")]
     assert all(row["score"] == whole[row["row_id"]]["score"] for row in part)
     assert sorted(row["rank"] for row in part) == [1, 2]
 
@@ -121,8 +130,8 @@ def test_rows_that_are_not_wanted_are_passed_over() -> None:
 def test_rejected_rows_are_handed_on() -> None:
     shard = _shard("s", ["u", "v", "w"], stored=["u", "w"], rejected=["v", "not wanted"])
     result = score_rows([shard], [_bank(1), _bank(2)], RATES, _target())
-    assert result.table["row_id"].to_pylist() == ["u", "w"] and result.subtasks == ["b", "a"]
-    assert result.rejected.to_pylist() == [{"row_id": "v", "reason": "zero_direction", "detail": "d"}]
+    assert _names(result.table) == ["u", "w"] and result.subtasks == ["b", "a"]
+    assert result.rejected.to_pylist() == [{"row_id": digest("v"), "reason": "zero_direction", "detail": "d"}]
 
 
 def test_a_row_that_is_neither_scored_nor_rejected_stops_the_run() -> None:
@@ -133,10 +142,10 @@ def test_a_row_that_is_neither_scored_nor_rejected_stops_the_run() -> None:
 
 def test_checkpoints_that_hold_different_rows_stop_the_run() -> None:
     shard = _shard("s7", ["u", "v"])
-    tables = shard.load().tables
+    tables = shard.stored.tables
     broken = StoredShard([tables[0], tables[1].take([1, 0])], FEATURE_REJECTED.empty_table())
     with pytest.raises(AlteredFileError, match="shard s7: its checkpoints hold different rows"):
-        _scored(ShardRows("s7", ["u", "v"], ["", ""], lambda: broken))
+        _scored(replace(shard, stored=broken))
 
 
 def test_a_pool_of_which_nothing_can_be_scored_stops_the_run() -> None:
@@ -147,22 +156,31 @@ def test_a_pool_of_which_nothing_can_be_scored_stops_the_run() -> None:
 def test_equal_scores_are_ranked_by_row_id() -> None:
     # row ids that are anagrams have equal features here
     table = _scored(_shard("s", ["cab", "zz", "abc", "bca"]))
-    by_rank = [row["row_id"] for row in sorted(table.to_pylist(), key=lambda row: row["rank"]) if row["row_id"] != "zz"]
+    by_rank = [name for name in _names(table.sort_by("rank")) if name != "zz"]
     assert len({row["score"] for row in table.to_pylist()}) == 2 and by_rank == ["abc", "bca", "cab"]
 
 
-def test_shards_are_loaded_one_after_another() -> None:
-    loaded: list[str] = []
+def test_a_score_that_is_not_finite_stops_the_run() -> None:
+    shard = _shard("s7", ["u", "v"])
+    zero = [_features(["u", "v"], seed) for seed in (1, 2)]
+    place = zero[0].schema.get_field_index("feature")
+    nothing = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * DIM, np.float32)), DIM)
+    zero[0] = zero[0].set_column(place, zero[0].schema.field("feature"), nothing)
+    with pytest.raises(NonFiniteError, match=f"shard s7: 2 rows have scores that are not finite, first: {digest('u')}"):
+        _scored(replace(shard, stored=replace(shard.stored, tables=zero)), normalize="projected")
 
-    def shards() -> Any:
-        for name in ("s0", "s1"):
-            shard = _shard(name, [name])
-            yield ShardRows(
-                name, shard.row_ids, shard.sources, lambda shard=shard: loaded.append(shard.shard) or shard.load()
-            )
-            assert loaded[-1] == name
 
-    assert score_rows(shards(), [_bank(1), _bank(2)], RATES, _target()).table.num_rows == 2
+def test_targets_scored_in_one_pass_are_those_scored_apart() -> None:
+    shards = [_shard("s0", ["u", "v"]), _shard("s1", ["w", "x"], stored=["w"], rejected=["x"])]
+    settings: list[dict[str, Any]] = [{}, {"aggregation": "mean"}, {"normalize": "none"}, {"objective": "dpo_weighted"}]
+    scorers = [TargetScorer([_bank(1), _bank(2)], RATES, _target(**each)) for each in settings]
+    tables = [ScoreTable(scorer.subtasks) for scorer in scorers]
+    score_shards(shards, scorers, tables)
+    for table, each in zip(tables, settings, strict=True):
+        with table:
+            table.settle()
+            assert pa.concat_tables(table.scored()).equals(_scored(*shards, **each), check_metadata=True)
+            assert (table.num_scored, table.num_rejected, table.reasons) == (3, 1, {"zero_direction": 1})
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import AccountingError, ConfigError
 from rose_ray.schemas import SELECTED, scores_schema
-from rose_ray.stages.select import (
-    Candidates,
-    choose,
-    joint_candidates,
-    selected_rows,
-    selection_summary,
-    target_candidates,
-    training_jsonl,
-)
+from rose_ray.stages.candidates import Candidates, Scores, choose, joint_candidates, target_candidates
+from rose_ray.stages.select import chosen_rows, selection_summary, shards_of, training_jsonl, with_records
+from tests.tiny import digest
 
 ROWS = [  # row_id, source, tokens, first, second
     ("a", "x", 10, 0.9, 0.0),
@@ -35,7 +31,7 @@ def _scores(rows: list[tuple[Any, ...]] = ROWS, factor: float = 1.0) -> pa.Table
     return pa.Table.from_pylist(
         [
             {
-                "row_id": row_id,
+                "row_id": digest(row_id),
                 "source": source,
                 "num_tokens": tokens,
                 "num_labelled_tokens": tokens // 2,
@@ -53,18 +49,30 @@ def _scores(rows: list[tuple[Any, ...]] = ROWS, factor: float = 1.0) -> pa.Table
     )
 
 
+def _opened(table: pa.Table, row_group_size: int = 2) -> Scores:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=row_group_size)
+    return Scores(pq.ParquetFile(pa.BufferReader(sink.getvalue())))
+
+
 def _candidates(num_pool_rows: int = 5) -> Candidates:
-    return target_candidates(_scores(), ["first", "second"], num_pool_rows)
+    return target_candidates(_opened(_scores()), ["first", "second"], num_pool_rows)
 
 
 def _chosen(candidates: Candidates | None = None, **settings: Any) -> list[str]:
-    candidates = candidates or _candidates()
-    return [candidates.row_ids[i] for i in choose(candidates, SelectionConfig(**settings))]
+    return [ROWS[i][0] for i in choose(candidates or _candidates(), SelectionConfig(**settings))]
+
+
+def _rows(candidates: Candidates, positions: list[int], **records: str) -> pa.Table:
+    texts = [records.get(row[0], json.dumps({"id": row[0]})) for row in ROWS]
+    shard = pa.table({"row_id": [digest(row[0]) for row in ROWS], "conversation": ["{}"] * len(ROWS), "record": texts})
+    chosen = chosen_rows(candidates, np.array(positions))
+    parts = [with_records(rows, shard) for _, rows in shards_of(chosen)]
+    return pa.concat_tables(parts).sort_by("place")
 
 
 def _selected(**records: str) -> pa.Table:
-    contents = {row[0]: ("{}", json.dumps({"id": row[0]})) for row in ROWS} | {k: ("{}", v) for k, v in records.items()}
-    return selected_rows(_candidates(), np.array([2, 0]), contents)
+    return _rows(_candidates(), [2, 0], **records)
 
 
 def test_top_k_takes_the_best_scores() -> None:
@@ -106,17 +114,18 @@ def test_a_joint_set_lets_targets_take_turns_and_lists_the_best_score() -> None:
         other.schema.field("score"),
         pa.array([0.0, 0.1, 0.2, 0.3, 1.0], pa.float32()),
     )
-    candidates = joint_candidates({"hh": _scores(), "se": reversed_scores}, 5)
-    assert candidates.choice_names == ["hh", "se"]
-    assert candidates.scores_N == pytest.approx([0.9, 0.8, 0.7, 0.6, 1.0])
+    candidates = joint_candidates({"hh": _opened(_scores()), "se": _opened(reversed_scores)}, 5)
+    assert list(candidates.choices) == ["hh", "se"]
+    assert candidates.score() == pytest.approx([0.9, 0.8, 0.7, 0.6, 1.0])
     assert _chosen(candidates, count=4, method="round_robin") == ["a", "e", "b", "d"]
-    table = selected_rows(candidates, np.array([0, 4]), {row[0]: ("{}", "{}") for row in ROWS})
+    table = _rows(candidates, [0, 4])
     assert table["best_for"].to_pylist() == ["hh", "se"]
 
 
-def test_a_joint_set_of_tables_with_other_rows_is_refused() -> None:
+@pytest.mark.parametrize("rows", [_scores(ROWS[:4]), _scores([*ROWS[:3], *reversed(ROWS[3:])])])
+def test_a_joint_set_of_tables_with_other_rows_is_refused(rows: pa.Table) -> None:
     with pytest.raises(AccountingError, match="the score table of se holds other rows than that of hh"):
-        joint_candidates({"hh": _scores(), "se": _scores(ROWS[:4])}, 5)
+        joint_candidates({"hh": _opened(_scores()), "se": _opened(rows)}, 5)
 
 
 def test_selected_rows_keep_the_order_of_choice() -> None:
@@ -124,18 +133,35 @@ def test_selected_rows_keep_the_order_of_choice() -> None:
     assert table.schema.equals(SELECTED, check_metadata=True)
     rows = table.to_pylist()
     assert [(row["place"], row["row_id"], row["best_for"], row["num_tokens"]) for row in rows] == [
-        (1, "c", "second", 30),
-        (2, "a", "first", 10),
+        (1, digest("c"), "second", 30),
+        (2, digest("a"), "first", 10),
     ]
     assert rows[1]["score"] == pytest.approx(0.9)
+
+
+def test_a_shard_without_a_selected_row_stops_the_run() -> None:
+    ((_, rows),) = shards_of(chosen_rows(_candidates(), np.array([0, 1])))
+    with pytest.raises(AccountingError, match="shard s: 1 of 2 selected rows are not in it"):
+        with_records(rows, pa.table({"row_id": [digest("a")], "conversation": ["{}"], "record": ["{}"]}))
+
+
+def test_rows_come_shard_by_shard() -> None:
+    table = _scores()
+    place = table.schema.get_field_index("shard")
+    table = table.set_column(place, table.schema.field("shard"), pa.array(["s0", "s0", "s1", "s3", "s3"]))
+    candidates = target_candidates(_opened(table), ["first", "second"], 5)
+    parts = [
+        (shard, rows["place"].to_pylist()) for shard, rows in shards_of(chosen_rows(candidates, np.array([4, 0, 3])))
+    ]
+    assert parts == [("s0", [2]), ("s3", [3, 1])]
 
 
 def test_records_keep_their_text_and_gain_one_key() -> None:
     text = '{"id": 12345678901234567890, "x": 1.10, "y": "é\\u00e9"}'
     lines = training_jsonl(_selected(c=text)).decode().splitlines()
-    assert lines[0].startswith(text[:-1] + ', "rose_ray": {"row_id": "c", ')
+    assert lines[0].startswith(text[:-1] + f', "rose_ray": {{"row_id": "{digest("c")}", ')
     added = json.loads(lines[0])["rose_ray"]
-    assert added == {"row_id": "c", "score": pytest.approx(0.7), "place": 1, "source": "y"}
+    assert added == {"row_id": digest("c"), "score": pytest.approx(0.7), "place": 1, "source": "y"}
 
 
 def test_a_record_over_several_lines_becomes_one() -> None:
@@ -149,12 +175,12 @@ def test_a_key_of_an_earlier_selection_gives_way() -> None:
     once = training_jsonl(_selected(c='{"id": 1.10}')).decode().splitlines()[0]
     again = training_jsonl(_selected(c=once, a='{"rose_ray": [1, {"a": "}"}], "x": 2}')).decode().splitlines()
     assert again[0] == once
-    assert again[1].startswith('{ "x": 2, "rose_ray": {"row_id": "a", ')
+    assert again[1].startswith(f'{{ "x": 2, "rose_ray": {{"row_id": "{digest("a")}", ')
 
 
 def test_the_summary_gives_shares_correlations_and_warnings() -> None:
     candidates = _candidates()
-    columns = {"num_tokens": candidates.num_tokens_N, "constant": np.ones(5)}
+    columns = {"num_tokens": lambda: candidates.scores.numbers("num_tokens"), "constant": lambda: np.ones(5)}
     summary = selection_summary(candidates, columns, np.array([0, 1, 4]))
     assert (summary["num_selected"], summary["num_scored"], summary["num_tokens"]) == (3, 5, 80)
     assert summary["sources"]["x"] == {

@@ -9,7 +9,8 @@ import pytest
 
 from rose_ray.config import parse_config
 from rose_ray.errors import ConfigError
-from rose_ray.kernels.selection import Budget, SourceRules, top_k
+from rose_ray.kernels.budget import Budget, SourceRules
+from rose_ray.kernels.selection import top_k
 from rose_ray.stages.selection_check import check_selections
 
 SOURCES = {"math": 6, "chat": 3, "code": 1}
