@@ -189,7 +189,7 @@ class GradientEngine:
         Raises:
             ConfigError: The objective is unknown, or ``dpo_beta`` out of range.
             ShapeError: The sides differ in their number of rows.
-            NumericsError: A direction is zero (equal answers); the pairs are listed by their rows.
+            NumericsError: Both sides are the same, or a direction is zero; the pairs are listed by their rows.
         """
         model = self._model
         sides = [
@@ -198,6 +198,10 @@ class GradientEngine:
         ]
         if len(sides[0]) != len(sides[1]):
             raise ShapeError(f"{len(sides[0])} chosen and {len(sides[1])} rejected rows; expected one of each a pair")
+        equal = [n for n, (one, other) in enumerate(zip(*sides, strict=True)) if one == other]
+        if equal:
+            # Two passes over the same tokens may differ in their last bits: looked for here, not in the gradients.
+            raise NumericsError(f"chosen and rejected are the same in rows {equal}; such a pair has no direction")
         pairs = [EncodedPair(f"row {n}", "pairs", *both) for n, both in enumerate(zip(*sides, strict=True))]
         unused_V2 = torch.zeros(len(pairs), 2, dtype=torch.float64, device=model.device)
         with torch.enable_grad():

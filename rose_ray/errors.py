@@ -11,6 +11,7 @@
     ├── StoreError           something in the workspace is wrong
     │   ├── AlteredFileError     a file differs from its receipt
     │   ├── NewerFormatError     written by a later version of rose_ray
+    │   ├── LeaseError           another run holds the workspace, or took it over
     │   └── SpaceMismatchError   features and bank live in different spaces
     ├── ModelError           base model, tokenizer, template or adapter does not fit
     ├── NumericsError        a number that cannot be used

@@ -70,6 +70,7 @@ def test_manifest_fits_image_and_example() -> None:
     config = load_config(str(ROOT / "examples" / "llama-3.1-8b-cluster.yaml"))
     (workers,) = cluster["workerGroupSpecs"]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert workers["replicas"] == config.ray.actors == config.warmup.workers
+    assert workers["maxReplicas"] == config.ray.actors == config.warmup.workers
+    assert workers["minReplicas"] == 0 < config.ray.autoscale_seconds  # so the job has to ask for them
     assert float(limits["nvidia.com/gpu"]) == config.ray.gpus_per_actor
     assert float(limits["cpu"]) >= config.ray.cpus_per_actor + config.ray.cpus_per_task
