@@ -18,6 +18,7 @@ from rose_ray.config.models import GradientConfig, LoraConfig, ModelConfig, RayC
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.distributed.engine import load_scoring_model
+from rose_ray.distributed.metrics import count, count_shard
 from rose_ray.distributed.session import carried_errors
 from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
 from rose_ray.kernels.projection import Projection
@@ -124,6 +125,7 @@ class ScoringActor(_ModelHolder):
     def __init__(self, spec: ScoringSpec) -> None:
         super().__init__(spec)
         self.settings = self.direction_settings()
+        self._idle_since: float | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
@@ -142,6 +144,8 @@ class ScoringActor(_ModelHolder):
     ) -> dict[str, Any]:
         """Compute and commit one shard's features in the spaces of these numbers; receipts go last."""
         start = time.monotonic()
+        if self._idle_since is not None:
+            count("phase_seconds", start - self._idle_since, phase="idle")
         spec = self.spec
         wanted = [spec.spaces[number] for number in spaces]
         maps, model = [self.projections(space) for space in wanted], self.model
@@ -181,7 +185,9 @@ class ScoringActor(_ModelHolder):
                 spec.workspace, "features", made_from, files, counts, facts, started=start, folder=folder
             )
             num_bytes += receipt.num_bytes
-        seconds = round(time.monotonic() - start, 3)
+        self._idle_since = time.monotonic()
+        count_shard(counts, facts, len(self.checkpoints), self._idle_since - computed)
+        seconds = round(self._idle_since - start, 3)
         return {"shard": shard, **counts, "num_tokens": facts["num_tokens"], "num_bytes": num_bytes, "seconds": seconds}
 
 
@@ -251,7 +257,9 @@ def tokenize_task(row: dict[str, Any], spec: ScoringSpec, pool: Manifest) -> dic
     """Turn the name of a shard into its samples: one Ray row is one shard, so no block ever cuts a shard."""
     shard = str(row["shard"])
     table = read_pool_shard(spec.workspace, pool, shard)
-    tokens, rejected = tokenize_shard(table, cached_tokeniser(spec.model))
+    tokeniser, start = cached_tokeniser(spec.model), time.monotonic()
+    tokens, rejected = tokenize_shard(table, tokeniser)
+    count("phase_seconds", time.monotonic() - start, phase="tokenise")
     skipped = pa.table({"row_id": pa.array(list(row["skipped"]), pa.string())})
     tables = {"tokens": _bytes(tokens), "rejected": _bytes(rejected), "skipped": _bytes(skipped)}
     return {"shard": shard, **tables, "spaces": row["spaces"]}

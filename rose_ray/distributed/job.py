@@ -13,6 +13,7 @@ import ray
 
 from rose_ray.config.models import JobConfig, TargetConfig
 from rose_ray.distributed.actors import ScoringSpec, device_of
+from rose_ray.distributed.metrics import say_stage
 from rose_ray.distributed.spaces import SpaceSpec, projection_identity
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.stages.features import FEATURES_VERSION
@@ -188,6 +189,7 @@ class Job:
     def record(self, stage: StageRecord) -> None:
         """Keep and log what a stage did."""
         self.result.stages.append(stage)
+        say_stage(stage.stage, stage.seconds)
         counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in stage.counts.items())
         verb = "found" if stage.reused else "made"
         size = f", {stage.num_bytes / 1e6:,.1f} MB" if stage.num_bytes >= 1e5 else ""
