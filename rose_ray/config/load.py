@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rose_ray.config.credentials import refuse_credentials
 from rose_ray.config.models import JobConfig
 from rose_ray.config.presets import PRESETS
 from rose_ray.errors import ConfigError
@@ -55,6 +56,7 @@ def parse_config(content: Any, overrides: Sequence[str] = (), *, name: str = "co
         raise ConfigError(f"{name}: expected keys and values, found {type(content).__name__}.")
     for override in overrides:
         _apply_override(content, override)
+    refuse_credentials(content, name)
     preset = content.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
         content = _under(PRESETS[preset], content)

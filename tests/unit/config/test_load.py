@@ -227,3 +227,17 @@ class TestFiles:
         )
         config = load_config(self.write(tmp_path, text))
         assert [(target.name, target.shots) for target in config.targets] == [("t", 2), ("u", 2)]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("workspace=s3://KEYID:topsecret@bucket/ws", "workspace"),
+        ("pool.inputs.0.files=['a.jsonl','s3://KEYID:topsecret@bucket/b.jsonl']", "pool.inputs.0.files.1"),
+        ("targets.0.pairs.0.files=['https://user@host/x']", "targets.0.pairs.0.files.0"),
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"credentials in the URI at {key}") as raised:
+        parse_config(minimal(), [override])
+    assert "topsecret" not in str(raised.value) and "KEYID" not in str(raised.value)

@@ -1,0 +1,117 @@
+"""jobs/ as users run them: submitted to a cluster of its own processes, followed, stopped, submitted again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.tiny import tiny_content, write_inputs
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+START_SECONDS, RUN_SECONDS = 90, 300
+SECRETS = {"AWS_SECRET_ACCESS_KEY": "not-to-be-written-1", "HF_TOKEN": "hf_not-to-be-written-2"}
+"""Given to the cluster and to whoever submits; they may turn up nowhere."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head node's job server."""
+
+    address: str
+
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a ``ray job`` command against it from the checkout."""
+        command = [str(RAY), "job", arguments[0], "--address", self.address, *arguments[1:]]
+        environment = {**os.environ, **SECRETS, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+        )
+
+    def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Submit a command with the checkout as its working directory."""
+        return self.ray("submit", "--working-dir", ".", *options, "--", "python", *arguments)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = tempfile.mkdtemp(prefix="rr-", dir="/tmp")  # sockets below it have a limit of 107 characters
+    gcs, dashboard = free_port(), free_port()
+    command = [str(RAY), "start", "--head", "--block", f"--port={gcs}", f"--temp-dir={folder}", "--num-cpus=2"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    environment = {**os.environ, **SECRETS, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_until(lambda: answers(f"{address}/api/version"), START_SECONDS, "the head's job server")
+        yield Head(address)
+    finally:
+        process.send_signal(signal.SIGTERM)  # `ray start --block` takes its own processes down, and no others
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_a_stopped_job_is_finished_by_the_next(head: Head, tmp_path: Path) -> None:
+    write_inputs(tmp_path / "inputs")
+    workspace, config = tmp_path / "workspace", tmp_path / "job.json"  # JSON is YAML
+    content = tiny_content(tmp_path / "inputs", workspace)
+    content["ray"]["address"] = "auto"
+    config.write_text(json.dumps(content))
+
+    name = ("--submission-id", "first", "--no-wait")
+    assert head.submit("jobs/run.py", str(config), options=name).returncode == 0
+    wait_until(lambda: bool(list(workspace.glob("warmup/*/manifest.json"))), RUN_SECONDS, "the warm-up")
+    assert head.ray("stop", "first").returncode == 0
+    assert "STOPPED" in head.ray("status", "first").stdout
+    assert not list(workspace.glob("selections/*/latest.json"))
+
+    second = head.submit("jobs/run.py", str(config))
+    said = second.stdout + second.stderr
+    assert second.returncode == 0, said
+    assert "taken over from a run that did not end" in said and "job first" in said
+    assert "warmup: found" in said and "features: made" in said  # followed to the end
+    assert {path.parent.name for path in workspace.glob("selections/*/latest.json")} == {"alpha", "beta"}
+    written = said.encode() + b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
+    assert not any(secret.encode() in written for secret in SECRETS.values())
+
+
+def test_a_job_that_fails_says_why_and_ends_with_an_error(head: Head) -> None:
+    failed = head.submit("jobs/stage.py", "features", "nowhere.yaml")
+    assert failed.returncode != 0
+    assert "cannot read 'nowhere.yaml'" in failed.stdout + failed.stderr
