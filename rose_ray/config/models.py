@@ -258,7 +258,7 @@ class GradientConfig(Strict):
         "subtask: less memory, but then only this objective's scores are exact, no single pair's influence.",
     )
     stored_dtype: Literal["float32", "float16", "int8", "bit1"] = Field(
-        "float16", description="Type of a stored feature; docs/projections.md says what each costs in rank."
+        "int8", description="Type of a stored feature; docs/projections.md says what each costs in rank."
     )
     max_batch_tokens: int | Literal["auto"] = Field(
         "auto",
