@@ -27,6 +27,9 @@ from rose_ray.stores.workspace import Workspace, lease_path, leases
 
 logger = logging.getLogger(__name__)
 
+_OWN: set[tuple[str, int]] = set()
+"""Leases that this process holds: path of the workspace, number."""
+
 RENEWALS_PER_TERM = 4
 """A lease is renewed so often before it could count as abandoned."""
 
@@ -84,6 +87,7 @@ def held(workspace: Workspace, term_seconds: float) -> Iterator[Workspace]:
     number, holder = _take(workspace, term_seconds)
     stop = threading.Event()
     fenced = workspace.fenced(number)
+    _OWN.add((workspace.root.path, number))
     keeper = threading.Thread(target=_renew, args=(fenced, number, holder, term_seconds, stop), daemon=True)
     keeper.start()
     try:
@@ -91,6 +95,7 @@ def held(workspace: Workspace, term_seconds: float) -> Iterator[Workspace]:
     finally:
         stop.set()
         keeper.join()
+        _OWN.discard((workspace.root.path, number))
         _release(fenced, number, holder)
 
 
@@ -132,7 +137,8 @@ def _take(workspace: Workspace, term_seconds: float) -> tuple[int, Holder]:
 def _wait_for_end(workspace: Workspace, number: int, holder: Holder, term_seconds: float) -> None:
     """Return once a lease is abandoned or released; watch it for a whole term where its process cannot be looked up."""
     if holder.machine == _machine():
-        if holder.is_dead():
+        ours = holder.pid == os.getpid()  # a run in this process that ended and could not say so
+        if holder.is_dead() or (ours and (workspace.root.path, number) not in _OWN):
             return
         raise _alive(workspace, holder)
     logger.info(f"another run had this workspace: {holder}; watching for {term_seconds:g} s whether it lives")

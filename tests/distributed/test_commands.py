@@ -76,8 +76,9 @@ def test_status(config_file: Path, copied: Path, finished: FinishedJob) -> None:
     lines = rose_ray("status", str(config_file))
     assert lines[0] == f"workspace {copied}" and lines[1].startswith("last run: finished, ")
     assert {"pool: 1 kept", "warmup: 1 kept", "bank: 2 kept", "features: 1 kept"} <= set(lines)
+    assert any(line.startswith("warm-up warmup/") and "0 days old; 100.0% of today's pool" in line for line in lines)
     folder = finished.result.selections["alpha"].folder
-    assert any(line.startswith("selection alpha: 12 rows") and line.endswith(folder) for line in lines)
+    assert any(line.startswith("selection alpha: version 1, 12 rows, ") and line.endswith(folder) for line in lines)
 
 
 def test_explained_influences_add_up_to_the_scores(config_file: Path, finished: FinishedJob) -> None:

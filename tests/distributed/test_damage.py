@@ -126,8 +126,12 @@ def test_a_full_disk_under_the_driver(
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     before = set(copied.rglob("*"))
 
+    synced = []
+
     def no_space(descriptor: int) -> None:  # the kernel may say so no earlier than here
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced.append(descriptor)
+        if len(synced) > 1:  # the lease is taken while there is room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", no_space)
@@ -139,7 +143,8 @@ def test_a_full_disk_under_the_driver(
     )
     (said,) = (message for message in caplog.messages if "record of this run" in message)
     assert re.search(r"cannot be written: .*No space left on device: '.*/runs/run-00002\.json'", said)
-    assert not [path for path in set(copied.rglob("*")) - before if path.is_file()]
+    assert any("lease of this run cannot be released" in message for message in caplog.messages)
+    assert [path.name for path in set(copied.rglob("*")) - before if path.is_file()] == ["00000002.json"]
 
     result = CliRunner().invoke(app, ["bank", str(config)])
     assert result.exit_code == 0

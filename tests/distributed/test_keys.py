@@ -82,7 +82,7 @@ def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
         "gradients.projection.kind=rademacher",
         "gradients.projection.seed=1",
         "gradients.stored_dtype=float32",
-        "gradients.stored_dtype=int8",
+        "gradients.stored_dtype=float16",
         "gradients.projection.deflate=false",
         "gradients.max_batch_tokens=100",
         "model.quantized=nf4",

@@ -30,7 +30,7 @@ def test_a_plan_names_the_stages_of_the_run(finished: FinishedJob, tmp_path: Pat
     warmup = finished.result.warmup
     assert warmup is not None and made.plan.num_bytes["warmup"] <= warmup.num_bytes
     left = {path.name for path in (tmp_path / "workspace").iterdir()}
-    assert left == {"rose_ray.json", "ingest", "pool", "plans"}
+    assert left == {"rose_ray.json", "ingest", "pool", "plans", "lease"}
 
 
 def test_what_is_done_is_not_planned_again(finished: FinishedJob, copied: Path) -> None:
