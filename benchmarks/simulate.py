@@ -44,7 +44,7 @@ class Job:
         warmup_fraction, warmup_epochs, warmup_gpus: The warm-up's rows, passes and GPUs. A training step is taken to
             cost what scoring does.
         num_pairs: Of all targets; two passes each at every checkpoint, on one GPU.
-        reduced_rows: A second, on one core at D 8192, measured by ``benchmarks/reduce.py``.
+        reduced_rows: A second, at D 8192: a little below the bytes a second of ``benchmarks/reduce.py`` at D 1024.
     """
 
     rows: int = 1_000_000

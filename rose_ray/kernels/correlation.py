@@ -66,7 +66,7 @@ def average_ranks(values_N: NDArray[Any]) -> NDArray[np.float64]:
 def doubled_ranks(values_N: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
     """Twice the :func:`average_ranks`: whole numbers, of 4 bytes up to two thousand million values.
 
-    Takes some 25 bytes a value meanwhile.
+    Takes some 20 bytes a value meanwhile.
 
     Raises:
         NonFiniteError: A value is NaN or infinite.
@@ -75,13 +75,19 @@ def doubled_ranks(values_N: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
     _refuse(~np.isfinite(values_N))
     order_N = np.argsort(values_N)
     sorted_N = values_N[order_N]
-    first_of_group = np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1])) if len(order_N) else order_N
+    same = sorted_N[1:] == sorted_N[:-1]
     del sorted_N
-    ends = np.append(first_of_group[1:], len(order_N))
     # A group in places a to b - 1, counted from 0, shares the rank (a + 1 + b) / 2.
-    shared = (first_of_group + ends + 1).astype(np.min_scalar_type(2 * len(order_N)))
-    doubled_N = np.empty(len(order_N), dtype=shared.dtype)
-    doubled_N[order_N] = np.repeat(shared, ends - first_of_group)
+    kind = np.min_scalar_type(2 * len(order_N))
+    starts_N, ends_N = np.arange(len(order_N), dtype=kind), np.arange(1, len(order_N) + 1, dtype=kind)
+    starts_N[1:][same] = 0
+    ends_N[:-1][same] = len(order_N)
+    np.maximum.accumulate(starts_N, out=starts_N)
+    np.minimum.accumulate(ends_N[::-1], out=ends_N[::-1])
+    starts_N += ends_N
+    starts_N += kind.type(1)
+    doubled_N = ends_N
+    doubled_N[order_N] = starts_N
     return doubled_N
 
 

@@ -120,13 +120,15 @@ def _ascending_bits(values_N: NDArray[Any], kind: type[np.unsignedinteger[Any]])
 
 def _settle_ties(order_N: Positions, keys_N: NDArray[np.uint64], words_NW: NDArray[np.uint64]) -> None:
     """Sort runs of equal keys by row id, in place. Only tied rows are sorted: that is what costs time."""
-    sorted_N = keys_N[order_N]
-    same = sorted_N[1:] == sorted_N[:-1]
-    if not same.any():
-        return
-    places = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    tied_N = np.zeros(len(order_N), dtype=bool)
+    for start in range(0, len(order_N), _ROW_BLOCK):
+        sorted_B = keys_N[order_N[start : start + _ROW_BLOCK + 1]]
+        same_B = sorted_B[1:] == sorted_B[:-1]
+        tied_N[start : start + len(same_B)] |= same_B
+        tied_N[start + 1 : start + 1 + len(same_B)] |= same_B
+    places = np.flatnonzero(tied_N)
     tied = order_N[places]
-    by_id = np.lexsort((*words_NW[tied].T[::-1], sorted_N[places]))
+    by_id = np.lexsort((*words_NW[tied].T[::-1], keys_N[tied]))
     order_N[places] = tied[by_id]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rose_ray.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from rose_ray.kernels import selection
+from rose_ray.kernels import ranking, selection
 from rose_ray.kernels.budget import Budget, SourceRules, budget_count
 from rose_ray.kernels.ranking import rank_order, ranks
 from rose_ray.kernels.selection import ScoreColumns, choose_rows, round_robin, top_k
@@ -126,8 +126,10 @@ def _words(numbers: Any) -> Any:
     return np.stack([np.full(len(numbers), 7), np.asarray(numbers) * 48271 % 2147483647], axis=1).astype(np.uint64)
 
 
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_ids_as_words_order_as_their_digits_do(dtype: Any) -> None:
+def test_ids_as_words_order_as_their_digits_do(monkeypatch: pytest.MonkeyPatch, dtype: Any, block: int) -> None:
+    monkeypatch.setattr(ranking, "_ROW_BLOCK", block)
     random = np.random.default_rng(1)
     scores = np.append(random.integers(-3, 4, 498) / 2, [-np.inf, np.inf]).astype(dtype)
     scores[::7] *= -0.0
