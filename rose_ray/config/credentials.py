@@ -8,7 +8,8 @@ from typing import Any
 
 from rose_ray.errors import ConfigError
 
-_CREDENTIALS = re.compile(r"^[a-z][a-z0-9+.-]*://[^/@\s]+@", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"^\s*[a-z][a-z0-9+.:-]*://([^/@?\s]+|[^@?\s]*:[^@?\s]*)@", re.IGNORECASE)
+"""A user, or a name and a key, before the host. Keys may hold slashes, as those of AWS do."""
 
 
 def refuse_credentials(content: Any, name: str) -> None:

@@ -23,7 +23,11 @@ from tests.distributed.tiny import tiny_content, write_inputs
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 START_SECONDS, RUN_SECONDS = 90, 300
-SECRETS = {"AWS_SECRET_ACCESS_KEY": "not-to-be-written-1", "HF_TOKEN": "hf_not-to-be-written-2"}
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "not-to-be-written-1",
+    "HF_TOKEN": "hf_not-to-be-written-2",
+    "RAY_AUTH_TOKEN": "not-to-be-written-3" * 4,
+}
 """Given to the cluster and to whoever submits; they may turn up nowhere."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -38,7 +42,7 @@ class Head:
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a ``ray job`` command against it from the checkout."""
         command = [str(RAY), "job", arguments[0], "--address", self.address, *arguments[1:]]
-        environment = {**os.environ, **SECRETS, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
+        environment = {**os.environ, **SECRETS, "RAY_AUTH_MODE": "token", "PYTHONUNBUFFERED": "1"}
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
         )
@@ -54,15 +58,19 @@ def head() -> Iterator[Head]:
     gcs, dashboard = free_port(), free_port()
     command = [str(RAY), "start", "--head", "--block", f"--port={gcs}", f"--temp-dir={folder}", "--num-cpus=2"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
-    environment = {**os.environ, **SECRETS, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **SECRETS, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
+    with open(Path(folder) / "head.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{dashboard}"
         wait_until(lambda: answers(f"{address}/api/version"), START_SECONDS, "the head's job server")
         yield Head(address)
     finally:
         process.send_signal(signal.SIGTERM)  # `ray start --block` takes its own processes down, and no others
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -74,7 +82,8 @@ def free_port() -> int:
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {SECRETS['RAY_AUTH_TOKEN']}"})
+        with urllib.request.urlopen(request, timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -48,10 +48,10 @@ def summary_of(workspace: Path, target: str) -> dict[str, Any]:
 
 
 def files_of(workspace: Path) -> dict[str, int]:
-    """Size of every file but the records of runs."""
+    """Size of every file but the records of runs and leases."""
     paths = (path for path in workspace.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(workspace)): path.stat().st_size for path in paths}
-    return {name: size for name, size in sizes.items() if not name.startswith("runs/")}
+    return {name: size for name, size in sizes.items() if not name.startswith(("runs/", "lease/"))}
 
 
 @pytest.fixture(scope="module")

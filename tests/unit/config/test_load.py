@@ -235,9 +235,17 @@ class TestFiles:
         ("workspace=s3://KEYID:topsecret@bucket/ws", "workspace"),
         ("pool.inputs.0.files=['a.jsonl','s3://KEYID:topsecret@bucket/b.jsonl']", "pool.inputs.0.files.1"),
         ("targets.0.pairs.0.files=['https://user@host/x']", "targets.0.pairs.0.files.0"),
+        ("workspace=s3://KEYID:top/secret+topsecret@bucket/ws", "workspace"),
+        ("workspace=' s3://KEYID:topsecret@bucket/ws'", "workspace"),
+        ("workspace=local::s3://KEYID:topsecret@bucket/ws", "workspace"),
     ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_repeated(override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"credentials in the URI at {key}") as raised:
         parse_config(minimal(), [override])
     assert "topsecret" not in str(raised.value) and "KEYID" not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a@b", "/data/a:b@c", "s3://bucket?endpoint_override=a@b:1", "a@b"])
+def test_a_path_with_an_at_sign_holds_no_credentials(uri: str) -> None:
+    assert parse_config(minimal(), [f"workspace='{uri}'"]).workspace == uri
