@@ -12,6 +12,7 @@ from rose_ray.distributed.job import Job
 from rose_ray.distributed.tasks import score_target, select_target
 from rose_ray.stages.score import SCORE_VERSION
 from rose_ray.stages.select import SELECT_VERSION
+from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def _select(job: Job, pool: Manifest, name: str, targets: list[str], selection: 
     if chosen is None:
         chosen = ray.get(job.task(select_target, job.workspace, pool, scores, name, selection, made_from, folder))
     assert chosen is not None
+    sweep_folder(job.workspace, f"selections/{name}")
     job.workspace.write_json(f"selections/{name}/latest.json", {"folder": folder})
     job.result.selections[name] = chosen
     job.note(f"select {name}", chosen, started, reused=reused)

@@ -24,6 +24,11 @@ def cluster_nodes() -> list[Node]:
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
+def live_nodes() -> set[str]:
+    """Return the live nodes, as people know them: address and the first characters of Ray's id."""
+    return {f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+
+
 def check_resources(config: JobConfig, nodes: list[Node]) -> None:
     """Refuse a configuration that the cluster cannot run.
 

@@ -31,6 +31,7 @@ from rose_ray.stages.features import read_samples
 from rose_ray.stages.warmup import TrainingStep, plan_training
 from rose_ray.stores.workspace import FileRecord, Workspace
 
+_TRAIN_FOLDER = "ray_train"
 _TRAINING_FILE = "training.json"
 """What rank 0 knows of every checkpoint; Ray Train hands metrics back only with a checkpoint of its own."""
 
@@ -92,6 +93,8 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
             trainer.fit()
         except Exception as error:
             raise root_cause(error) from error
+        finally:
+            job.workspace.delete_folder(f"{job.folder}/{_TRAIN_FOLDER}")
     checkpoints: list[dict[str, Any]] = job.workspace.read_json(f"{job.folder}/{_TRAINING_FILE}")
     return checkpoints
 
@@ -102,7 +105,7 @@ def _train_storage(job: WarmupJob, local: str) -> dict[str, Any]:
 
     if len([node for node in ray.nodes() if node["Alive"]]) == 1:
         return {"storage_path": local}
-    root = job.workspace.location(f"{job.folder}/ray_train")
+    root = job.workspace.location(f"{job.folder}/{_TRAIN_FOLDER}")
     return {"storage_path": root.path, "storage_filesystem": root.filesystem}
 
 

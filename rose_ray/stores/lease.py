@@ -94,6 +94,13 @@ def held(workspace: Workspace, term_seconds: float) -> Iterator[Workspace]:
         _release(fenced, number, holder)
 
 
+def abandoned_before(workspace: Workspace) -> Holder | None:
+    """Return the run that this one has taken a held workspace over from, if it did."""
+    number = workspace.fencing_number
+    previous = _read(workspace, number - 1) if number is not None and number > 1 else None
+    return None if previous is None or previous.released else previous
+
+
 def _take(workspace: Workspace, term_seconds: float) -> tuple[int, Holder]:
     while True:
         taken = leases(workspace)
