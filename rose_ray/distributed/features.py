@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,9 @@ from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+_LOOKING_THREADS = 32
+"""They wait for storage, not for the processor."""
+
 
 def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, list[int]]:
     """Return the shards whose features are missing, each with the numbers of the feature sets that it lacks.
@@ -36,18 +40,22 @@ def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, li
     """
     skipped = skipped_rows(job.workspace, pool)
     sets = list(job.feature_sets(warmup).values())
-    missing = {}
-    for entry in pool.facts["shards"]:
-        shard = entry["shard"]
-        reasons = [why_missing(job.workspace, each.key, shard, skipped.get(shard, [])) for each in sets]
-        lacking = [number for number, reason in enumerate(reasons) if reason is not None]
-        if lacking:
-            missing[shard] = lacking
-        for reason in filter(None, reasons):
-            logger.warning(f"features: made again: {reason}")
-            job.result.events.append(f"shard made again: {reason}")
-    num_shards = len(pool.facts["shards"])
-    job.result.events.append(f"shards: {num_shards - len(missing):,} found, {len(missing):,} to make")
+    shards = [entry["shard"] for entry in pool.facts["shards"]]
+
+    def look(shard: str) -> list[str | None]:
+        return [why_missing(job.workspace, each.key, shard, skipped.get(shard, [])) for each in sets]
+
+    missing, progress = {}, Progress("features: looking at what is there", len(shards), "shards")
+    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
+        for shard, reasons in zip(shards, threads.map(look, shards), strict=True):
+            progress.advance(1)
+            lacking = [number for number, reason in enumerate(reasons) if reason is not None]
+            if lacking:
+                missing[shard] = lacking
+            for reason in filter(None, reasons):
+                logger.warning(f"features: made again: {reason}")
+                job.result.events.append(f"shard made again: {reason}")
+    job.result.events.append(f"shards: {len(shards) - len(missing):,} found, {len(missing):,} to make")
     return missing
 
 

@@ -23,14 +23,16 @@ def is_leftover(path: str) -> bool:
 
 
 def sweep_folder(workspace: Workspace, folder: str, before: str | None = None) -> None:
-    """Remove leftovers directly in ``folder`` whose names sort before ``before``. An object store has none: a PUT that breaks off leaves nothing."""
+    """Remove leftovers directly in ``folder``, or those of them whose names sort before ``before``.
+
+    An object store has none: a PUT that breaks off leaves nothing.
+    """
     path = workspace.location(folder).path
     if not isinstance(workspace.root.filesystem, fs.LocalFileSystem) or not os.path.isdir(path):
         return
-    for name in [
-        entry.name for entry in os.scandir(path) if is_leftover(entry.name) and (before is None or entry.name < before)
-    ]:
-        os.unlink(os.path.join(path, name))
+    for name in os.listdir(path):
+        if is_leftover(name) and (before is None or name < before):
+            os.unlink(os.path.join(path, name))
 
 
 def sweep_shared(workspace: Workspace) -> None:
