@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the whole job on generated data
-# make test    every test; skipped ones are listed
+# make test    every test but those that break clusters; skipped ones are listed
+# make chaos   those: workers, nodes, drivers, disks and memory are lost on purpose
 # make check   lint, types, import contracts, unit tests
 # make install only the environment
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test chaos check install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -21,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -rs
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -rs -m chaos
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -215,6 +215,22 @@ def status(config: _Config, overrides: _Set = None) -> None:
 
 @app.command()
 @_reported
+def verify(
+    config: Annotated[str, typer.Argument(metavar="CONFIG_OR_WORKSPACE", help="YAML file, or a workspace.")],
+    delete: Annotated[bool, typer.Option("--delete-orphans", help="Remove files that no manifest names.")] = False,
+) -> None:
+    """Read every file of every artefact and say what is altered, missing or orphaned; exit with 1 if anything is."""
+    from rose_ray.stages.verify import verify_workspace
+
+    lines, clean = verify_workspace(config, delete_orphans=delete)
+    for line in lines:
+        typer.echo(line)
+    if not clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
 def explain(
     config: _Config,
     row_id: Annotated[str, typer.Argument(help="As in the score table; the first characters are enough.")],
@@ -357,7 +373,7 @@ def _run(
 
     stages = only or set(STAGES[: STAGES.index(last_stage) + 1])
     result = run_job(loaded, stages=stages, new_warmup=new_warmup)
-    for line in result_lines(result.stages, result.selections):
+    for line in result_lines(result.stages, result.selections, result.events):
         typer.echo(line)
 
 

@@ -19,8 +19,10 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.metrics import count, count_shard
+from rose_ray.distributed.roll import enrol
 from rose_ray.distributed.session import carried_errors
 from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
+from rose_ray.failpoints import die_at
 from rose_ray.kernels.projection import Projection
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
@@ -53,6 +55,7 @@ class ScoringSpec:
         max_batch_tokens: Bound on rows times length of a batch.
         memory_share: Part of its device's memory that an actor may plan with.
         spaces: What features are made for.
+        roll: Where scoring actors report, if anywhere; see `called_roll`.
     """
 
     workspace: Workspace
@@ -67,6 +70,7 @@ class ScoringSpec:
     max_batch_tokens: int
     memory_share: float = 1.0
     spaces: tuple[SpaceSpec, ...] = ()
+    roll: Any = None
 
     def read_checkpoints(self) -> list[Checkpoint]:
         """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.
@@ -126,11 +130,17 @@ class ScoringActor(_ModelHolder):
         super().__init__(spec)
         self.settings = self.direction_settings()
         self._idle_since: float | None = None
+        # Raised at the first call: what a constructor raises, Ray loses.
+        self.refusal = enrol(spec.roll) if spec.roll is not None else None
+        if self.refusal is None:
+            die_at("actor_start")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
         columns = (batch[name] for name in ("shard", "tokens", "rejected", "skipped", "spaces"))
         with carried_errors():
+            if self.refusal is not None:
+                raise self.refusal
             lines = [
                 self.score_shard(
                     str(shard), _table(tokens), _table(rejected), _table(skipped), [int(number) for number in spaces]
@@ -180,15 +190,19 @@ class ScoringActor(_ModelHolder):
                 for name, table in zip(spec.checkpoint_names(), tables, strict=True)
             ]
             files.append(spec.workspace.write_table(f"{folder}/{REJECTED_FILE}", rejected))
+            die_at("before_receipt")
             made_from = {"features": space.features_key, "shard": shard}
             receipt = commit_artefact(
                 spec.workspace, "features", made_from, files, counts, facts, started=start, folder=folder
             )
             num_bytes += receipt.num_bytes
+        if spec.roll is not None:
+            spec.roll.finished.remote()
         self._idle_since = time.monotonic()
         count_shard(counts, facts, len(self.checkpoints), self._idle_since - computed)
+        told = {name: facts[name] for name in ("num_tokens", "num_halvings")}
         seconds = round(self._idle_since - start, 3)
-        return {"shard": shard, **counts, "num_tokens": facts["num_tokens"], "num_bytes": num_bytes, "seconds": seconds}
+        return {"shard": shard, **counts, **told, "num_bytes": num_bytes, "seconds": seconds}
 
 
 class BankActor(_ModelHolder):

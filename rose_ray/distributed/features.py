@@ -6,6 +6,8 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,10 +16,12 @@ from rose_ray.config.models import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
+from rose_ray.distributed.roll import called_roll
 from rose_ray.distributed.session import carried_errors, is_verbose
 from rose_ray.errors import AccountingError
 from rose_ray.stages.pool import skipped_rows
-from rose_ray.stores.features import find_shard
+from rose_ray.stores.features import find_shard, why_missing
+from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.runs import StageRecord
 from rose_ray.stores.versions import package_versions, utc_now
@@ -25,21 +29,33 @@ from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+_LOOKING_THREADS = 32
+"""They wait for storage, not for the processor."""
+
 
 def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, list[int]]:
-    """Return the shards whose features are missing, each with the numbers of the feature sets that it lacks."""
+    """Return the shards whose features are missing, each with the numbers of the feature sets that it lacks.
+
+    A shard whose files were cut short or altered, as far as a look can tell, is missing; the log says so.
+    """
     skipped = skipped_rows(job.workspace, pool)
     sets = list(job.feature_sets(warmup).values())
-    missing = {}
-    for entry in pool.facts["shards"]:
-        shard = entry["shard"]
-        lacking = [
-            number
-            for number, feature_set in enumerate(sets)
-            if find_shard(job.workspace, feature_set.key, shard, skipped.get(shard, [])) is None
-        ]
-        if lacking:
-            missing[shard] = lacking
+    shards = [entry["shard"] for entry in pool.facts["shards"]]
+
+    def look(shard: str) -> list[str | None]:
+        return [why_missing(job.workspace, each.key, shard, skipped.get(shard, [])) for each in sets]
+
+    missing, progress = {}, Progress("features: looking at what is there", len(shards), "shards")
+    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
+        for shard, reasons in zip(shards, threads.map(look, shards), strict=True):
+            progress.advance(1)
+            lacking = [number for number, reason in enumerate(reasons) if reason is not None]
+            if lacking:
+                missing[shard] = lacking
+            for reason in filter(None, reasons):
+                logger.warning(f"features: made again: {reason}")
+                job.result.events.append(f"shard made again: {reason}")
+    job.result.events.append(f"shards: {len(shards) - len(missing):,} found, {len(missing):,} to make")
     return missing
 
 
@@ -51,10 +67,17 @@ def make_features(
     sets = job.feature_sets(warmup)
     skipped = skipped_rows(job.workspace, pool)
     for feature_set in sets.values():
+        sweep_folder(job.workspace, f"features/{feature_set.key}")
         job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
     if missing:
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
-        _compute(spec, pool, missing, skipped, job.config.ray)
+        with called_roll(job.config.ray.actors) as roll:
+            num_halvings = _compute(replace(spec, roll=roll), pool, missing, skipped, job.config.ray)
+            num_lost = ray.get(roll.num_lost.remote())
+        if num_lost:
+            job.result.events.append(f"scoring actors lost and replaced: {num_lost}")
+        if num_halvings:
+            job.result.events.append(f"batches halved for memory: {num_halvings}")
     for number, (name, feature_set) in enumerate(sets.items()):
         made = {shard for shard, lacking in missing.items() if number in lacking}
         stage = f"features {name}".strip()
@@ -109,8 +132,8 @@ def _compute(
     missing: Mapping[str, Sequence[int]],
     skipped: Mapping[str, list[str]],
     settings: RayConfig,
-) -> None:
-    """Compute the features of the shards in ``missing``.
+) -> int:
+    """Compute the features of the shards in ``missing``; return how many batches had to be halved.
 
     One Ray row is one shard: only names and tokens travel, gradients never leave their actor.
 
@@ -149,9 +172,11 @@ def _compute(
             num_gpus=settings.gpus_per_actor,
         )
     )
-    progress = Progress("features", num_rows, "rows")
+    progress, num_halvings = Progress("features", num_rows, "rows"), 0
     for line in lines.iter_rows():
+        num_halvings += int(line["num_halvings"])
         progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
+    return num_halvings
 
 
 def _tokenize(row: dict[str, Any], spec: ScoringSpec, pool_ref: list[Any]) -> dict[str, Any]:

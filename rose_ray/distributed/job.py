@@ -46,6 +46,7 @@ class RunResult:
         pool, warmup: Their artefacts.
         bases, banks, scores: By target; bases of those that are scored exactly.
         selections: By target, and ``training_set`` where one is configured.
+        events: What happened on the way, for people: what was found, made again, lost, halved, taken over.
     """
 
     stages: list[StageRecord] = field(default_factory=list)
@@ -55,6 +56,7 @@ class RunResult:
     banks: dict[str, Manifest] = field(default_factory=dict)
     scores: dict[str, Manifest] = field(default_factory=dict)
     selections: dict[str, Manifest] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
 
 
 @dataclass

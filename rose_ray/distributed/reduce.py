@@ -18,6 +18,7 @@ from rose_ray.stages.drift_lines import short_drift
 from rose_ray.stages.score import SCORE_VERSION
 from rose_ray.stages.select import SELECT_VERSION
 from rose_ray.stores.history import Version, latest_version, make_latest, read_version
+from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
 from rose_ray.stores.workspace import Workspace
 
@@ -113,6 +114,8 @@ def _select(job: Job, pool: Manifest, name: str, targets: list[str], selection: 
         chosen = ray.get(job.task(select_target, job.workspace, pool, scores, name, selection, made_from, folder))
     assert chosen is not None
     before = latest_version(job.workspace, name)
+    for folder in (f"selections/{name}", f"selections/{name}/history"):
+        sweep_folder(job.workspace, folder)
     now = make_latest(job.workspace, name, chosen, pool.key)
     job.result.selections[name] = chosen
     job.note(f"select {name}", chosen, started, reused=reused)

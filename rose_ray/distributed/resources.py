@@ -87,6 +87,11 @@ def _await_nodes(config: JobConfig) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def live_nodes() -> set[str]:
+    """Return the live nodes, as people know them: address and the first characters of Ray's id."""
+    return {f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+
+
 def check_resources(config: JobConfig, nodes: list[Node]) -> None:
     """Refuse a configuration that the cluster cannot run.
 

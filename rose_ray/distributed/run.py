@@ -17,12 +17,13 @@ from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.reduce import make_scores, make_selections
-from rose_ray.distributed.resources import granted_resources, release_resources
+from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
 from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.selection_check import check_selections
-from rose_ray.stores.lease import opened
+from rose_ray.stores.lease import abandoned_before, opened
+from rose_ray.stores.leftovers import sweep_shared
 from rose_ray.stores.runs import last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
@@ -50,9 +51,17 @@ def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: 
 def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], new_warmup: bool) -> RunResult:
     _say_changes(workspace, config)
     job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
+    if (before_us := abandoned_before(workspace)) is not None:
+        job.result.events.append(f"lease taken over from a run that did not end: {before_us}")
     try:
+        sweep_shared(workspace)
         with ray_session(config.ray), granted_resources(config):
-            _run(job, stages, new_warmup)
+            before = live_nodes()
+            try:
+                _run(job, stages, new_warmup)
+            finally:
+                lost = sorted(before - live_nodes())
+                job.result.events += [f"node lost: {node}" for node in lost]
     except BaseException as error:
         cause = root_cause(error)
         try:
@@ -65,7 +74,7 @@ def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], 
 
 
 def _write_record(job: Job, config: JobConfig, outcome: str) -> None:
-    write_run(job.workspace, config.model_dump(mode="json"), job.result.stages, outcome)
+    write_run(job.workspace, config.model_dump(mode="json"), job.result.stages, outcome, job.result.events)
 
 
 def _say_changes(workspace: Workspace, config: JobConfig) -> None:

@@ -12,6 +12,7 @@ import ray
 
 from rose_ray.config.models import RayConfig
 from rose_ray.errors import ResourceError, RoseError
+from rose_ray.failpoints import failpoint_environment
 
 
 def is_verbose() -> bool:
@@ -66,6 +67,7 @@ def worker_environment(config: RayConfig) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
+        **failpoint_environment(),
     }
 
 

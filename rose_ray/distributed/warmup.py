@@ -18,6 +18,7 @@ from rose_ray.errors import RoseError
 
 logger = logging.getLogger(__name__)
 
+_TRAIN_FOLDER = "ray_train"
 _TRAINING_FILE = "training.json"
 """What rank 0 knows of every checkpoint; Ray Train hands metrics back only with a checkpoint of its own."""
 
@@ -72,7 +73,7 @@ def _fit(job: WarmupJob, resources: dict[str, float]) -> None:
     from ray.train.torch import TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="rose-ray-train-") as storage:
-        TorchTrainer(
+        trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
@@ -84,7 +85,11 @@ def _fit(job: WarmupJob, resources: dict[str, float]) -> None:
                 failure_config=FailureConfig(max_failures=0),
                 **_train_storage(job, storage),
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        finally:
+            job.workspace.delete_folder(f"{job.folder}/{_TRAIN_FOLDER}")
 
 
 def _train_storage(job: WarmupJob, local: str) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def _train_storage(job: WarmupJob, local: str) -> dict[str, Any]:
 
     if len([node for node in ray.nodes() if node["Alive"]]) == 1:
         return {"storage_path": local}
-    root = job.workspace.location(f"{job.folder}/ray_train")
+    root = job.workspace.location(f"{job.folder}/{_TRAIN_FOLDER}")
     return {"storage_path": root.path, "storage_filesystem": root.filesystem}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rose_ray.config.models import AdamMode
 from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Sample
+from rose_ray.failpoints import die_at, failpoint_number
 from rose_ray.kernels.adam import AdamState
 from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
 from rose_ray.kernels.projection import Projection
@@ -151,6 +152,7 @@ class BatchRunner:
         make_batch = pack_batch if self.settings.packing else pad_batch
         try:
             batch = make_batch([samples[i] for i in indices], device=self.model.device)
+            _check_room(len(indices) * max(len(samples[i].input_ids) for i in indices))
             return batch_directions(self.model, batch, moments, self.layout, projections, self.settings), ""
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -159,6 +161,12 @@ class BatchRunner:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return None, message
+
+
+def _check_room(num_positions: int) -> None:
+    most = failpoint_number("out_of_memory")
+    if most is not None and num_positions > most:
+        raise torch.OutOfMemoryError(f"a failpoint leaves room for {most} positions")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -196,6 +204,7 @@ def batch_directions(
     )
 
     def consume(name: str, grads_BOI: Tensor) -> None:
+        die_at("mid_batch")
         sums.add(layout.offsets[name], grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name))
 
     losses_B = model.backward_per_sample(batch, "mean_loss", consume)

@@ -26,9 +26,12 @@ from rose_ray.stores.runs import StageRecord, last_run, last_stage
 from rose_ray.stores.workspace import Workspace
 
 
-def result_lines(stages: Sequence[StageRecord], selections: Mapping[str, Manifest]) -> Iterator[str]:
-    """Say how long each stage took, what was selected from what, and where it lies."""
+def result_lines(
+    stages: Sequence[StageRecord], selections: Mapping[str, Manifest], events: Sequence[str] = ()
+) -> Iterator[str]:
+    """Say how long each stage took, what happened on the way, what was selected from what, and where it lies."""
     yield from stage_lines([vars(stage) for stage in stages])
+    yield from events
     for name, selection in selections.items():
         yield ""
         yield from selection_lines(name, selection)

@@ -120,6 +120,13 @@ def opened(name: str, term_seconds: float | None, *, create: bool = False) -> It
         yield fenced
 
 
+def abandoned_before(workspace: Workspace) -> Holder | None:
+    """Return the run that this one has taken a held workspace over from, if it did."""
+    number = workspace.fencing_number
+    previous = _read(workspace, number - 1) if number is not None and number > 1 else None
+    return None if previous is None or previous.released else previous
+
+
 def _take(workspace: Workspace, term_seconds: float) -> tuple[int, Holder]:
     while True:
         taken = leases(workspace)

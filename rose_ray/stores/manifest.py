@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rose_ray.errors import AlteredFileError
+from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.versions import package_versions, utc_now
 from rose_ray.stores.workspace import FileRecord, Workspace
 
@@ -73,7 +75,9 @@ class Manifest:
 
 
 def commit_manifest(workspace: Workspace, manifest: Manifest) -> Manifest:
-    """Write ``manifest`` into its folder: from here on the artefact is there."""
+    """Write ``manifest`` into its folder: from here on the artefact is there, and nothing that died beside it."""
+    for folder in {posixpath.dirname(record.path) for record in manifest.files} | {manifest.folder}:
+        sweep_folder(workspace, folder)
     workspace.write_json(f"{manifest.folder}/{MANIFEST_FILE}", asdict(manifest))
     return manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,9 @@ class StageRecord:
     num_bytes: int
 
 
-def write_run(workspace: Workspace, config: dict[str, Any], stages: list[StageRecord], outcome: str) -> str:
+def write_run(
+    workspace: Workspace, config: dict[str, Any], stages: list[StageRecord], outcome: str, events: Sequence[str] = ()
+) -> str:
     """Write the record of a run under the next number and return its path.
 
     Args:
@@ -42,11 +45,13 @@ def write_run(workspace: Workspace, config: dict[str, Any], stages: list[StageRe
         config: The dumped configuration.
         stages: What was done, in order.
         outcome: ``finished``, or the error that ended it.
+        events: What happened on the way.
     """
     path = f"{_FOLDER}/run-{len(_paths(workspace)) + 1:05d}.json"
     content = {
         "finished_at": utc_now(),
         "outcome": outcome,
+        "events": list(events),
         "stages": [asdict(stage) for stage in stages],
         "versions": package_versions(),
         "config": config,

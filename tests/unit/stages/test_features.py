@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -200,6 +201,21 @@ def test_a_row_that_does_not_fit_alone_is_rejected(
     (row,) = features.rejected.to_pylist()
     assert row["row_id"] == "r1" and row["reason"] == "out_of_memory"
     assert row["detail"] == "14 tokens alone: CUDA out of memory. Tried to allocate 7 GiB."
+
+
+def test_neighbours_of_a_row_that_does_not_fit_keep_their_numbers(
+    model: ScoringModel, checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = _features(model, checkpoints)
+    monkeypatch.setenv("ROSE_RAY_FAILPOINT", "out_of_memory:13")
+    features = _features(model, checkpoints)
+    (row,) = features.rejected.to_pylist()
+    assert row["detail"] == "14 tokens alone: a failpoint leaves room for 13 positions"
+    for table, expected in zip(features.tables[0], undisturbed.tables[0], strict=True):
+        wanted = expected.filter(pc.is_in(expected["row_id"], value_set=table["row_id"].combine_chunks()))
+        assert table["row_id"] == wanted["row_id"] and expected.num_rows == table.num_rows + 1
+        found, kept = (np.array(each["feature"].to_pylist()) for each in (table, wanted))
+        np.testing.assert_allclose(found, kept, atol=1e-5)  # float32 rounding in batches of other sizes
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(

@@ -1,0 +1,74 @@
+"""Pool, workspace and selection in a bucket: killed, and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from moto.server import ThreadedMotoServer
+
+from rose_ray.stores.verify import verify
+from rose_ray.stores.workspace import Workspace
+from tests.chaos.disturbed import finish, receipts, started, tables, wait_for, write_config
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray]
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture
+def bucket(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    """A client, and the options of URIs; the pool lies at ``s3://chaos/pool``."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="chaos")
+    for name in ("m.jsonl", "n.jsonl"):
+        client.upload_file(str(inputs / name), "chaos", f"pool/{name}")
+    yield client, f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def keys(client: Any, below: str) -> list[str]:
+    """Keys of a bucket's objects."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="chaos", Prefix=f"workspace/{below}")
+    return [each["Key"] for page in pages for each in page.get("Contents", [])]
+
+
+def test_killed_and_finished(bucket: tuple[Any, str], inputs: Path, reference: Path, tmp_path: Path) -> None:
+    client, options = bucket
+    name = f"s3://chaos/workspace{options}"
+    config = write_config(tmp_path, inputs, name)
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["pool"]["inputs"] = [{"files": [f"s3://chaos/pool/{each}.jsonl{options}"]} for each in "mn"]
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    def num_receipts() -> int:
+        return sum(key.endswith("/manifest.json") for key in keys(client, "features/"))
+
+    with started(config) as process:
+        wait_for(lambda: num_receipts() >= len(receipts(reference)) // 2, process)
+        process.kill()
+        process.wait()
+    before = num_receipts()
+    text = finish(config)
+    assert "lease taken over from a run that did not end" in text and before < num_receipts()
+    wanted = tables(reference)
+    found = {
+        key.removeprefix("workspace/"): hashlib.sha256(
+            client.get_object(Bucket="chaos", Key=key)["Body"].read()
+        ).hexdigest()
+        for stage in ("features/", "scores/", "selections/")
+        for key in keys(client, stage)
+        if key.endswith((".parquet", ".jsonl"))
+    }
+    assert found == wanted
+    assert verify(Workspace.open(name)).is_clean
