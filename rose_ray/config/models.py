@@ -18,14 +18,17 @@ class DeepSpeedConfig(Strict):
     """How DeepSpeed holds the frozen base model while gradients are computed."""
 
     zero_stage: Literal[0, 3] = Field(0, description="0: whole on the device. 3: parameters gathered layer by layer.")
-    offload_parameters: Literal["none", "cpu"] = Field(
-        "none", description="cpu keeps the parameters in host memory; needs zero_stage 3."
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="cpu keeps the parameters in host memory, nvme on a local disk; needs zero_stage 3."
     )
+    nvme_path: str | None = Field(None, description="Folder on that disk, on every node.")
 
     @model_validator(mode="after")
     def _offload_needs_stage_3(self) -> DeepSpeedConfig:
         if self.offload_parameters != "none" and self.zero_stage != 3:
-            raise ValueError("offload_parameters: cpu needs zero_stage: 3")
+            raise ValueError(f"offload_parameters: {self.offload_parameters} needs zero_stage: 3")
+        if (self.offload_parameters == "nvme") != (self.nvme_path is not None):
+            raise ValueError("offload_parameters: nvme and nvme_path go together: set both or neither")
         return self
 
 
@@ -297,6 +300,12 @@ class RayConfig(Strict):
         1.0, gt=0, description="CPUs reserved for each; fractions leave room for the readers."
     )
     gpus_per_actor: float = Field(0.0, ge=0, description="GPUs reserved for each; 0 computes on the CPU.")
+    ranks_per_actor: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share the model of one actor, partitioned over their devices: for a model larger than "
+        "one. Each gets what is reserved for an actor; needs model.deepspeed.zero_stage: 3.",
+    )
     threads_per_actor: int = Field(1, ge=1, description="Torch threads in each; fixed, since it decides the last bits.")
     cpus_per_task: float = Field(0.25, gt=0, description="CPUs reserved for a task that reads or tokenises.")
     autoscale_seconds: float = Field(
@@ -372,6 +381,14 @@ class JobConfig(Strict):
                 f"warmup.zero_stage: 3 would partition the packed weights of model.quantized: {self.model.quantized}: "
                 "set zero_stage: 2 or lower"
             )
+        partitioned = self.model.loader == "deepspeed" and self.model.deepspeed.zero_stage == 3
+        if self.ray.ranks_per_actor > 1 and not partitioned:
+            raise ValueError(
+                f"ray.ranks_per_actor: {self.ray.ranks_per_actor} ranks share a model only under model.loader: "
+                "deepspeed with model.deepspeed.zero_stage: 3"
+            )
+        if self.ray.ranks_per_actor > 1 and self.gradients.packing:
+            raise ValueError("gradients.packing is not open to ranks that share a model: set ray.ranks_per_actor: 1")
         for target in self.targets:
             if target.normalize == "projected" and self.is_exact(target):
                 raise ValueError(

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from rose_ray.data.tokenize import Sample
 
 
 def length_batches(lengths: Sequence[int], max_batch_tokens: int, *, multiple: int = 1) -> list[list[int]]:
@@ -27,6 +33,45 @@ def length_batches(lengths: Sequence[int], max_batch_tokens: int, *, multiple: i
             longest = max(lengths[i] for i in group)
         batches[-1].extend(group)
     return batches
+
+
+@dataclass(frozen=True)
+class DealtBatches:
+    """What one of several ranks runs, in step with the others: all have equally many batches.
+
+    Attributes:
+        samples: Places of the rank's samples in the whole.
+        batches: Places in ``samples``; an empty one only keeps the rank in step.
+        filler: Tokens of the shortest sample, run where a batch is empty.
+    """
+
+    samples: list[int]
+    batches: list[list[int]]
+    filler: Sample
+
+
+def deal_batches(samples: Sequence[Sample], max_batch_tokens: int, num_ranks: int) -> list[DealtBatches]:
+    """Deal the batches of `length_batches` to ranks in turn, so that those run together are of like length.
+
+    Args:
+        samples: Of a shard.
+        max_batch_tokens: As there.
+        num_ranks: Ranks that share a model.
+    """
+    if not samples:
+        return [DealtBatches([], [], Sample([], []))] * num_ranks
+    lengths = [len(sample.input_ids) for sample in samples]
+    batches = length_batches(lengths, max_batch_tokens)
+    rounds = -(-len(batches) // num_ranks)
+    filler = samples[min(range(len(samples)), key=lambda place: lengths[place])]
+    dealt = []
+    for rank in range(num_ranks):
+        own = batches[rank::num_ranks]
+        places = [place for batch in own for place in batch]
+        starts = np.cumsum([0, *map(len, own)])
+        numbered = [list(range(start, stop)) for start, stop in pairwise(starts.tolist())]
+        dealt.append(DealtBatches(places, numbered + [[] for _ in range(rounds - len(own))], filler))
+    return dealt
 
 
 def padding_fraction(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:

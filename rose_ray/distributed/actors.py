@@ -33,7 +33,7 @@ from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, refe
 from rose_ray.stages.basis import BasisSettings, pair_basis
 from rose_ray.stages.budget import MOST_TOKENS, measured_budget
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
-from rose_ray.stages.features import shard_features, tokenize_shard
+from rose_ray.stages.features import ShardFeatures, shard_features, tokenize_shard
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folder
 from rose_ray.stores.manifest import Manifest, commit_artefact
@@ -56,6 +56,9 @@ class ScoringSpec:
         memory_share: Part of its device's memory that an actor may plan with.
         spaces: What features are made for.
         roll: Where scoring actors report, if anywhere; see `called_roll`.
+        ranks: Ranks that share an actor's model.
+        cpus, gpus: Of each rank.
+        stall_seconds: A gang that is silent for so long has come apart.
     """
 
     workspace: Workspace
@@ -71,6 +74,10 @@ class ScoringSpec:
     memory_share: float = 1.0
     spaces: tuple[SpaceSpec, ...] = ()
     roll: Any = None
+    ranks: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    stall_seconds: float = 3600.0
 
     def read_checkpoints(self) -> list[Checkpoint]:
         """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.
@@ -149,6 +156,17 @@ class ScoringActor(_ModelHolder):
             ]
         return {key: [line[key] for line in lines] for key in lines[0]}
 
+    def prepare(self, spaces: Sequence[SpaceSpec]) -> None:
+        """Load what is not there yet: model, checkpoints, and the maps of these spaces."""
+        for space in spaces:
+            self.projections(space)
+        assert self.model
+
+    def features(self, tokens: pa.Table, spaces: Sequence[SpaceSpec]) -> ShardFeatures:
+        """Compute a shard's features."""
+        maps = [self.projections(space) for space in spaces]
+        return shard_features(self.model, tokens, self.checkpoints, self.spec.layout, maps, self.settings)
+
     def score_shard(
         self, shard: str, tokens: pa.Table, rejected: pa.Table, skipped: pa.Table, spaces: Sequence[int]
     ) -> dict[str, Any]:
@@ -158,9 +176,9 @@ class ScoringActor(_ModelHolder):
             count("phase_seconds", start - self._idle_since, phase="idle")
         spec = self.spec
         wanted = [spec.spaces[number] for number in spaces]
-        maps, model = [self.projections(space) for space in wanted], self.model
+        self.prepare(wanted)
         loaded = time.monotonic()
-        features = shard_features(model, tokens, self.checkpoints, spec.layout, maps, self.settings)
+        features = self.features(tokens, wanted)
         if spec.device == "cuda":
             # What did not fit will not fit in the next shard either. Not on the CPU, where a shard's bytes must not
             # depend on what its actor did before.
@@ -199,7 +217,7 @@ class ScoringActor(_ModelHolder):
         if spec.roll is not None:
             spec.roll.finished.remote()
         self._idle_since = time.monotonic()
-        count_shard(counts, facts, len(self.checkpoints), self._idle_since - computed)
+        count_shard(counts, facts, len(spec.checkpoints), self._idle_since - computed)
         told = {name: facts[name] for name in ("num_tokens", "num_halvings")}
         seconds = round(self._idle_since - start, 3)
         return {"shard": shard, **counts, **told, "num_bytes": num_bytes, "seconds": seconds}
@@ -207,6 +225,9 @@ class ScoringActor(_ModelHolder):
 
 class BankActor(_ModelHolder):
     """Turns targets' pairs into bank tables and exact bases, and finds out what fits into memory."""
+
+    writes = True
+    """Of ranks that share a model one writes what all of them compute."""
 
     def budget(self, spaces: Sequence[SpaceSpec]) -> int:
         """Return the largest batch that fits beside the maps of these spaces, in tokens."""
@@ -253,9 +274,9 @@ class BankActor(_ModelHolder):
         records = []
         for name, checkpoint in zip(spec.checkpoint_names(), self.checkpoints, strict=True):
             basis_JP = pair_basis(self.model, encoded, checkpoint, spec.layout, target, reference_V2, settings)
-            records.append(
-                spec.workspace.write(f"{folder}/{name}.safetensors", basis_bytes(basis_JP), num_rows=len(basis_JP))
-            )
+            if self.writes:
+                path = f"{folder}/{name}.safetensors"
+                records.append(spec.workspace.write(path, basis_bytes(basis_JP), num_rows=len(basis_JP)))
         return records
 
     def _encoded(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> tuple[list[EncodedPair], torch.Tensor]:

@@ -15,6 +15,7 @@ import ray
 from rose_ray.config.models import TargetConfig
 from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
 from rose_ray.distributed.actors import BankActor
+from rose_ray.distributed.gang import GangBank
 from rose_ray.distributed.job import FeatureSet, Job
 from rose_ray.filesystem import expand
 from rose_ray.stages.bank import BANK_VERSION
@@ -65,7 +66,11 @@ class ModelActor:
         if self._handle is None:
             configured = self.job.config.gradients.max_batch_tokens
             bound = BANK_BATCH_TOKENS if configured == "auto" else configured
-            self._handle = self.job.actor(BankActor, self.job.spec(self.warmup, bound))
+            spec = self.job.spec(self.warmup, bound)
+            # A gang's coordinator needs nothing itself.
+            self._handle = (
+                ray.remote(num_cpus=0)(GangBank).remote(spec) if spec.ranks > 1 else self.job.actor(BankActor, spec)
+            )
         return self._handle
 
     def stop(self) -> None:

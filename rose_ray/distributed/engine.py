@@ -99,7 +99,10 @@ def _checkpointed(module: nn.Module, model: ModelConfig) -> nn.Module:
 def _zero_config(model: ModelConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": model.deepspeed.zero_stage}
     if model.deepspeed.offload_parameters != "none":
-        zero["offload_param"] = {"device": model.deepspeed.offload_parameters}
+        offload: dict[str, Any] = {"device": model.deepspeed.offload_parameters}
+        if model.deepspeed.nvme_path is not None:
+            offload["nvme_path"] = model.deepspeed.nvme_path
+        zero["offload_param"] = offload
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
@@ -122,7 +125,7 @@ def import_deepspeed(device: str) -> Any:
 def deepspeed_in_group(device: str, group: ProcessGroup) -> Any:
     """Import DeepSpeed and join the process group; the place in it travels by environment."""
     if not torch.distributed.is_initialized():
-        port = group.port or _free_port()
+        port = group.port or free_port()
         place = {
             "RANK": group.rank,
             "WORLD_SIZE": group.world_size,
@@ -139,7 +142,28 @@ def deepspeed_in_group(device: str, group: ProcessGroup) -> Any:
     return deepspeed
 
 
-def _free_port() -> int:
+def check_offload(model: ModelConfig, device: str) -> None:
+    """Make sure that this node can do what ``model.deepspeed.offload_parameters`` asks for.
+
+    Raises:
+        ResourceError: It cannot; the message has DeepSpeed's reason.
+    """
+    if model.deepspeed.offload_parameters != "nvme":
+        return
+    import_deepspeed(device)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise ResourceError(
+            "model.deepspeed.offload_parameters: nvme needs DeepSpeed's async_io operator, which cannot be built on "
+            f"{socket.gethostname()}: {builder.error_log or 'libaio or a compiler is missing'}. Install libaio's "
+            "headers and a compiler, or set cpu."
+        )
+
+
+def free_port() -> int:
+    """Return a port that nothing on this machine listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -14,6 +14,7 @@ import ray
 
 from rose_ray.config.models import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
+from rose_ray.distributed.gang import GangActor
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.roll import called_roll
@@ -159,17 +160,19 @@ def _compute(
     ]
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")
+    gang = settings.ranks_per_actor > 1
     tokenize = functools.partial(_tokenize, spec=spec, pool_ref=[ray.put(pool)])
     lines = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(tokenize, num_cpus=settings.cpus_per_task)
         .map_batches(
-            ScoringActor,
+            GangActor if gang else ScoringActor,
             fn_constructor_kwargs={"spec": spec},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=settings.actors),
-            num_cpus=settings.cpus_per_actor,
-            num_gpus=settings.gpus_per_actor,
+            # A gang's ranks have their resources to themselves, out of Ray Data's sight.
+            num_cpus=0 if gang else settings.cpus_per_actor,
+            num_gpus=0 if gang else settings.gpus_per_actor,
         )
     )
     progress, num_halvings = Progress("features", num_rows, "rows"), 0

@@ -150,6 +150,10 @@ class Job:
             # Actors share a GPU by fractions of it; on the CPU all of them may be on one node.
             memory_share=min(1.0, config.ray.gpus_per_actor) or 1 / config.ray.actors,
             spaces=tuple(spaces),
+            ranks=config.ray.ranks_per_actor,
+            cpus=config.ray.cpus_per_actor,
+            gpus=config.ray.gpus_per_actor,
+            stall_seconds=config.ray.stall_seconds,
         )
 
     def budget_file(self, warmup: Manifest) -> str:

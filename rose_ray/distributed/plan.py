@@ -33,7 +33,7 @@ from rose_ray.distributed.resources import actors_at_once, cluster_nodes, grante
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.training import WarmupJob
-from rose_ray.errors import RoseError
+from rose_ray.errors import ConfigError, RoseError
 from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
@@ -113,6 +113,10 @@ def _plan(job: Job, probe_rows: int) -> JobPlan:
     lengths = _pair_lengths(job, pairs)
     work = _work(job, pool, tokens, pairs, lengths)
     rates = None
+    if job.config.ray.ranks_per_actor > 1 and probe_rows:
+        raise ConfigError(
+            "plan: ranks that share a model are not probed: add --probe 0, or plan with ray.ranks_per_actor=1"
+        )
     if probe_rows and tokens.lengths:
         try:
             rates = _Prober(job, work, pairs, lengths, evenly(samples, probe_rows)).rates()

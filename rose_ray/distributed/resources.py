@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import ray
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.models import JobConfig, RayConfig
 from rose_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def granted_resources(config: JobConfig) -> Iterator[None]:
     settings = config.ray
     actor = {"CPU": settings.cpus_per_actor} | ({"GPU": settings.gpus_per_actor} if settings.gpus_per_actor else {})
     workers = config.warmup.workers if config.warmup.adapters is None else 0
-    bundles = [actor] * max(settings.actors, workers) + [{"CPU": settings.cpus_per_task}]
+    bundles = [actor] * max(settings.actors * settings.ranks_per_actor, workers) + [{"CPU": settings.cpus_per_task}]
     request_resources(bundles=bundles)
     try:
         _await_nodes(config)
@@ -103,9 +103,10 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
     settings = config.ray
     have = f"the cluster has {_nodes_text(nodes)}"
     slots = sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes)
-    if slots < settings.actors:
+    wanted_slots = settings.actors * settings.ranks_per_actor
+    if slots < wanted_slots:
         raise ResourceError(
-            f"ray.actors: {settings.actors} actors of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} "
+            f"ray.actors: {_actors_text(settings)} of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} "
             f"GPU do not fit; {have}, room for {slots}. Lower ray.actors or ray.cpus_per_actor, or add nodes."
         )
     largest = max((node.cpus for node in nodes), default=0.0)
@@ -114,11 +115,11 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
             f"ray.cpus_per_task: {settings.cpus_per_task:g} CPU fit no node; {have}, {largest:g} CPU the largest. "
             "Lower it (fractions are fine)."
         )
-    wanted = settings.actors * settings.cpus_per_actor + settings.cpus_per_task
+    wanted = wanted_slots * settings.cpus_per_actor + settings.cpus_per_task
     total = sum(node.cpus for node in nodes)
     if wanted > total + 1e-9 or not any(_fit_beside_reader(nodes, number, config) for number in range(len(nodes))):
         raise ResourceError(
-            f"ray: {settings.actors} actors x {settings.cpus_per_actor:g} CPU leave no room for a reading task of "
+            f"ray: {_actors_text(settings)} x {settings.cpus_per_actor:g} CPU leave no room for a reading task of "
             f"{settings.cpus_per_task:g} CPU; {have}. Lower ray.cpus_per_actor (fractions are fine) or ray.actors."
         )
     workers = config.warmup.workers if config.warmup.adapters is None else 0
@@ -144,7 +145,14 @@ def _fit_beside_reader(nodes: list[Node], number: int, config: JobConfig) -> boo
     if reader.cpus < settings.cpus_per_task - 1e-9:
         return False
     left = [*nodes[:number], Node(reader.cpus - settings.cpus_per_task, reader.gpus), *nodes[number + 1 :]]
-    return sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in left) >= settings.actors
+    return sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in left) >= (
+        settings.actors * settings.ranks_per_actor
+    )
+
+
+def _actors_text(settings: RayConfig) -> str:
+    ranks = settings.ranks_per_actor
+    return f"{settings.actors} actors" if ranks == 1 else f"{settings.actors} actors x {ranks} ranks"
 
 
 def _slots(node: Node, cpus: float, gpus: float) -> int:

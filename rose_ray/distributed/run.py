@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
+import ray
+
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.models import JobConfig
+from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases, read_target_pairs
 from rose_ray.distributed.checkpoints import warm_up
+from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
@@ -88,6 +92,8 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
 
 
 def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
+    if job.config.model.deepspeed.offload_parameters == "nvme":
+        ray.get(job.model_task(check_offload, job.config.model, device_of(job.config.ray)))
     pool = ingest(job)
     if "warmup" not in stages:
         return

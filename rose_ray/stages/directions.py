@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rose_ray.config.models import AdamMode
-from rose_ray.data.batches import length_batches
+from rose_ray.data.batches import DealtBatches, length_batches
 from rose_ray.data.tokenize import Sample
+from rose_ray.errors import ResourceError
 from rose_ray.failpoints import die_at, failpoint_number
 from rose_ray.kernels.adam import AdamState
 from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
@@ -144,6 +145,30 @@ class BatchRunner:
                 self.max_batch_tokens = max(1, size // 2)
                 logger.warning(f"{len(indices)} rows of {size // len(indices)} tokens did not fit into memory: halved")
                 waiting.append(indices)
+
+    def run_dealt(
+        self, samples: Sequence[Sample], dealt: DealtBatches, checkpoint: Checkpoint, projections: Sequence[Projection]
+    ) -> Iterator[tuple[list[int], Directions]]:
+        """Yield as `run` does, for batches that other ranks run theirs beside. None is halved: the others would wait.
+
+        Raises:
+            ResourceError: One does not fit into memory.
+        """
+        self.model.load_adapter(checkpoint.adapter)
+        moments = AdamMoments.of(checkpoint).to(self.model.device)
+        every = [*samples, dealt.filler]
+        for indices in dealt.batches:
+            rows = indices or [len(samples)]
+            directions, error = self._attempt(every, rows, moments, projections)
+            longest = max(len(every[i].input_ids) for i in rows)
+            if directions is None:
+                raise ResourceError(
+                    f"{len(rows)} rows of {longest} tokens do not fit into a rank's memory ({error}). Ranks that share "
+                    "a model cannot halve a batch on their own: lower gradients.max_batch_tokens."
+                )
+            if indices:
+                self.num_positions += len(rows) * longest
+                yield indices, directions
 
     def _attempt(
         self, samples: Sequence[Sample], indices: list[int], moments: AdamMoments, projections: Sequence[Projection]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from rose_ray.data.batches import DealtBatches
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.errors import AccountingError, RowError
@@ -96,31 +97,73 @@ def shard_features(
     Raises:
         AccountingError: Rows got lost: a bug, never bad input.
     """
-    samples = read_samples(tokens)
-    row_ids = tokens["row_id"].to_pylist()
+    parts = shard_parts(model, read_samples(tokens), checkpoints, layout, spaces, settings)
+    return assemble(parts, tokens, [checkpoint.name for checkpoint in checkpoints], settings.stored_dtype)
+
+
+def shard_parts(
+    model: ScoringModel,
+    samples: Sequence[Sample],
+    checkpoints: Sequence[Checkpoint],
+    layout: ParameterLayout,
+    spaces: Sequence[FeatureSpace],
+    settings: DirectionSettings,
+    dealt: DealtBatches | None = None,
+) -> ShardParts:
+    """Compute the numbers of a shard's samples, or of a rank's part of them.
+
+    Args:
+        model, checkpoints, layout, spaces, settings: As in `shard_features`.
+        samples: Of the shard, or of the rank.
+        dealt: The rank's batches, by its samples, where several ranks share the model and stay in step.
+    """
     runner = BatchRunner(model, layout, settings)
-    parts: list[list[_CheckpointPart]] = []
+    columns: list[list[CheckpointPart]] = []
     for number, checkpoint in enumerate(checkpoints):
         projections = [space[number].to(model.device) for space in spaces]
-        columns = [_CheckpointPart.empty(len(samples), projection) for projection in projections]
-        for indices, directions in runner.run(samples, checkpoint, projections):
-            for part, features_BD in zip(columns, directions.features, strict=True):
+        parts = [CheckpointPart.empty(len(samples), projection) for projection in projections]
+        batches = (
+            runner.run(samples, checkpoint, projections)
+            if dealt is None
+            else runner.run_dealt(samples, dealt, checkpoint, projections)
+        )
+        for indices, directions in batches:
+            for part, features_BD in zip(parts, directions.features, strict=True):
                 part.fill(indices, directions, features_BD)
-        parts.append(columns)
-    reasons = _rejections(parts, checkpoints, runner.too_large)
+        columns.append(parts)
+    num_positions = runner.num_positions // max(1, len(checkpoints))
+    return ShardParts(columns, runner.too_large, num_positions, runner.num_halvings, runner.max_batch_tokens)
+
+
+def assemble(
+    parts: ShardParts, tokens: pa.Table, checkpoints: Sequence[str], stored_dtype: StoredType
+) -> ShardFeatures:
+    """Turn a shard's numbers into tables, unusable rows set aside.
+
+    Args:
+        parts: Of all rows of ``tokens``, in their order.
+        tokens: Schema ``TOKENS``.
+        checkpoints: Names, for reasons.
+        stored_dtype: Of the features.
+
+    Raises:
+        AccountingError: Rows got lost: a bug, never bad input.
+    """
+    samples, row_ids = read_samples(tokens), tokens["row_id"].to_pylist()
+    reasons = _rejections(parts.columns, checkpoints, parts.too_large)
     kept = [i for i in range(len(samples)) if i not in reasons]
     if len(kept) + len(reasons) != tokens.num_rows:
         raise AccountingError(f"{tokens.num_rows} rows in, {len(kept)} scored and {len(reasons)} rejected.")
     rejected = [{"row_id": row_ids[i], "reason": r, "detail": d} for i, (r, d) in sorted(reasons.items())]
     return ShardFeatures(
         [
-            [columns[space].table(kept, row_ids, samples, settings.stored_dtype) for columns in parts]
-            for space in range(len(spaces))
+            [columns[space].table(kept, row_ids, samples, stored_dtype) for columns in parts.columns]
+            for space in range(len(parts.columns[0]) if parts.columns else 0)
         ],
         pa.Table.from_pylist(rejected, schema=FEATURE_REJECTED),
-        runner.num_positions // max(1, len(checkpoints)),
-        runner.num_halvings,
-        runner.max_batch_tokens,
+        parts.num_positions,
+        parts.num_halvings,
+        parts.max_batch_tokens,
     )
 
 
@@ -131,7 +174,7 @@ def read_samples(tokens: pa.Table) -> list[Sample]:
 
 
 @dataclass
-class _CheckpointPart:
+class CheckpointPart:
     """A shard's numbers in one space at one checkpoint, in the shard's order. The last ``num_exact`` are exact."""
 
     features_ND: np.ndarray
@@ -141,12 +184,28 @@ class _CheckpointPart:
     losses_N: np.ndarray
 
     @classmethod
-    def empty(cls, num_rows: int, projection: Projection) -> _CheckpointPart:
+    def empty(cls, num_rows: int, projection: Projection) -> CheckpointPart:
+        """Room for so many rows, not a number yet."""
         nan = np.full(num_rows, np.nan)
         features_ND = np.zeros((num_rows, projection.dim), np.float32)
         return cls(features_ND, projection.num_exact, nan, nan.copy(), nan.copy())
 
+    @classmethod
+    def joined(cls, parts: Sequence[CheckpointPart], places: Sequence[Sequence[int]], num_rows: int) -> CheckpointPart:
+        """Put the numbers of several ranks together; ``places`` are those of each one's rows in the shard."""
+        nan = np.full(num_rows, np.nan)
+        features_ND = np.zeros((num_rows, parts[0].features_ND.shape[1]), np.float32)
+        made = cls(features_ND, parts[0].num_exact, nan, nan.copy(), nan.copy())
+        for part, own in zip(parts, places, strict=True):
+            rows = list(own)
+            made.features_ND[rows] = part.features_ND
+            made.norms_N[rows] = part.norms_N
+            made.momentum_shares_N[rows] = part.momentum_shares_N
+            made.losses_N[rows] = part.losses_N
+        return made
+
     def fill(self, indices: Sequence[int], directions: Directions, features_BD: Tensor) -> None:
+        """Enter what a batch gave for the rows at these places."""
         # Divided before it is stored: a unit direction fits float16 whatever the gradient's size.
         unit_BD = features_BD.double() / directions.norms_B[:, None]
         self.features_ND[indices] = unit_BD.float().cpu().numpy()
@@ -155,6 +214,7 @@ class _CheckpointPart:
         self.losses_N[indices] = directions.losses_B.double().cpu().numpy()
 
     def table(self, kept: list[int], row_ids: list[str], samples: list[Sample], stored_dtype: StoredType) -> pa.Table:
+        """Return the rows that are kept, schema ``features_schema``."""
         dim = self.features_ND.shape[1] - self.num_exact
         columns = [pa.array([row_ids[i] for i in kept], pa.string())]
         if dim:
@@ -175,19 +235,55 @@ class _CheckpointPart:
         return pa.Table.from_arrays(columns, schema=features_schema(dim, stored_dtype, self.num_exact))
 
 
+@dataclass
+class ShardParts:
+    """What one pass over a shard's samples gives, before any row is set aside.
+
+    Attributes:
+        columns: By checkpoint, then by space.
+        too_large: Samples that did not fit into memory alone, and the error.
+        num_positions, num_halvings, max_batch_tokens: As in `ShardFeatures`.
+    """
+
+    columns: list[list[CheckpointPart]]
+    too_large: dict[int, str]
+    num_positions: int
+    num_halvings: int
+    max_batch_tokens: int
+
+    @classmethod
+    def joined(cls, ranks: Sequence[ShardParts], places: Sequence[Sequence[int]], num_rows: int) -> ShardParts:
+        """Put the parts of several ranks together.
+
+        Args:
+            ranks: What each rank computed.
+            places: Of each rank's samples in the shard.
+            num_rows: Of the shard.
+        """
+        columns = [
+            [
+                CheckpointPart.joined([rank.columns[c][s] for rank in ranks], places, num_rows)
+                for s in range(len(spaces))
+            ]
+            for c, spaces in enumerate(ranks[0].columns)
+        ]
+        positions = sum(rank.num_positions for rank in ranks)
+        return cls(columns, {}, positions, 0, min(rank.max_batch_tokens for rank in ranks))
+
+
 def _rejections(
-    parts: Sequence[Sequence[_CheckpointPart]], checkpoints: Sequence[Checkpoint], too_large: Mapping[int, str]
+    parts: Sequence[Sequence[CheckpointPart]], checkpoints: Sequence[str], too_large: Mapping[int, str]
 ) -> dict[int, tuple[str, str]]:
     reasons = {i: ("out_of_memory", detail) for i, detail in too_large.items()}
     for columns, checkpoint in zip(parts, checkpoints, strict=True):
         losses_N, norms_N = columns[0].losses_N, columns[0].norms_N
         for i in np.flatnonzero(~np.isfinite(losses_N)):
-            reasons.setdefault(int(i), ("non_finite_loss", f"loss {losses_N[i]} at {checkpoint.name}"))
+            reasons.setdefault(int(i), ("non_finite_loss", f"loss {losses_N[i]} at {checkpoint}"))
         for i in np.flatnonzero(~np.isfinite(norms_N)):
-            reasons.setdefault(int(i), ("non_finite_gradient", f"length {norms_N[i]} at {checkpoint.name}"))
+            reasons.setdefault(int(i), ("non_finite_gradient", f"length {norms_N[i]} at {checkpoint}"))
         for i in np.flatnonzero(norms_N == 0):
-            reasons.setdefault(int(i), ("zero_direction", f"the direction is zero at {checkpoint.name}"))
+            reasons.setdefault(int(i), ("zero_direction", f"the direction is zero at {checkpoint}"))
         for part in columns:
             for i in np.flatnonzero(~np.isfinite(part.features_ND).all(1)):
-                reasons.setdefault(int(i), ("non_finite_feature", f"projected direction at {checkpoint.name}"))
+                reasons.setdefault(int(i), ("non_finite_feature", f"projected direction at {checkpoint}"))
     return reasons

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from rose_ray.data.batches import length_batches, padding_fraction
+from rose_ray.data.batches import deal_batches, length_batches, padding_fraction
+from rose_ray.data.tokenize import Sample
 
 
 def test_every_sample_is_in_one_batch_and_none_is_over_the_bound() -> None:
@@ -44,3 +45,22 @@ def test_no_samples_make_no_batches() -> None:
 
 def test_padding_fraction() -> None:
     assert padding_fraction([4, 2, 6], [[0, 1], [2]]) == pytest.approx(1 - 12 / 14)
+
+
+@pytest.mark.parametrize(("num_samples", "num_ranks"), [(0, 2), (1, 3), (7, 2), (40, 3), (40, 4)])
+def test_dealt_batches_hold_every_sample_once_and_keep_ranks_in_step(num_samples: int, num_ranks: int) -> None:
+    random = Random(num_samples)
+    samples = [Sample([1] * random.randint(4, 60), []) for _ in range(num_samples)]
+    dealt = deal_batches(samples, 128, num_ranks)
+    assert len(dealt) == num_ranks
+    assert sorted(place for each in dealt for place in each.samples) == list(range(num_samples))
+    assert len({len(each.batches) for each in dealt}) == 1
+    for each in dealt:
+        assert [place for batch in each.batches for place in batch] == list(range(len(each.samples)))
+        for batch in each.batches:
+            lengths = [len(samples[each.samples[place]].input_ids) for place in batch]
+            assert not batch or len(batch) * max(lengths) <= 128
+        assert all(len(each.filler.input_ids) <= len(sample.input_ids) for sample in samples)
+    whole = length_batches([len(sample.input_ids) for sample in samples], 128)
+    parts = [[each.samples[place] for place in batch] for each in dealt for batch in each.batches if batch]
+    assert sorted(parts) == sorted(whole)  # the same batches as for one rank

@@ -1,0 +1,195 @@
+"""Several ranks that share one model, for a model larger than a device.
+
+A coordinator is what Ray Data or the driver sees. It owns a placement group with one rank a bundle; the ranks hold the
+model under ZeRO stage 3, each a part of every parameter, so every forward and backward pass of one is a pass of all:
+they run equally many batches, in step. A rank that dies, or is silent for too long, takes the others with it: they are
+started anew and the shard is computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rose_ray.config.models import TargetConfig
+from rose_ray.data.batches import DealtBatches, deal_batches
+from rose_ray.data.preferences import PreferencePair
+from rose_ray.distributed.actors import BankActor, ScoringActor, ScoringSpec
+from rose_ray.distributed.engine import ProcessGroup, free_port, load_scoring_model
+from rose_ray.distributed.session import root_cause
+from rose_ray.distributed.spaces import SpaceSpec
+from rose_ray.errors import ResourceError, RoseError
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, read_samples, shard_parts
+from rose_ray.stores.workspace import FileRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""A gang that comes apart so often over one piece of work does not come together by trying again."""
+
+
+class Rank(BankActor):
+    """One of the processes that share a model."""
+
+    def __init__(self, spec: ScoringSpec, number: int) -> None:
+        super().__init__(spec)
+        self.number = number
+        self.group = ProcessGroup()
+        self.writes = number == 0
+
+    def place(self) -> tuple[str, int]:
+        """Return where the group of ranks could meet: this node, and a port that is free on it."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def join(self, address: str, port: int) -> None:
+        """Load the model together with the other ranks."""
+        self.group = ProcessGroup(self.number, self.spec.ranks, address, port)
+        assert self.model
+
+    @functools.cached_property
+    def model(self) -> ScoringModel:
+        """This rank's part of the model."""
+        return load_scoring_model(self.spec.model, self.spec.lora, device=self.spec.device, group=self.group)
+
+    def parts(self, tokens: pa.Table, dealt: DealtBatches, spaces: Sequence[SpaceSpec]) -> ShardParts:
+        """Compute the numbers of this rank's samples."""
+        settings, samples = self.direction_settings(), read_samples(tokens)
+        maps = [self.projections(space) for space in spaces]
+        return shard_parts(self.model, samples, self.checkpoints, self.spec.layout, maps, settings, dealt)
+
+
+class Gang:
+    """The ranks of one coordinator.
+
+    Args:
+        spec: ``ranks`` of them, with ``cpus`` and ``gpus`` each.
+    """
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        self.spec = spec
+        self._ranks: list[Any] = []
+
+    def call(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
+        """Call a method of every rank and return what each gives.
+
+        Args:
+            method: Of `Rank`.
+            arguments: For the rank of this number.
+
+        Raises:
+            RoseError: What a rank raised.
+            ResourceError: The gang came apart again and again.
+        """
+        for attempt in range(MAX_RESTARTS + 1):
+            try:
+                self._start()
+                return self._together([getattr(r, method).remote(*arguments(n)) for n, r in enumerate(self._ranks)])
+            except (ActorDiedError, ActorUnavailableError, GetTimeoutError) as error:
+                self.stop()
+                lost = str(error).split("\n", 1)[0]
+                logger.warning(f"a gang of {self.spec.ranks} ranks came apart (time {attempt + 1}): {lost}")
+        raise ResourceError(
+            f"a gang of {self.spec.ranks} ranks came apart {MAX_RESTARTS + 1} times over the same work; the last time: "
+            f"{lost}"
+        )
+
+    def _start(self) -> None:
+        if self._ranks:
+            return
+        group = self._placement()
+        options = {"num_cpus": self.spec.cpus, "num_gpus": self.spec.gpus}
+        self._ranks = [
+            ray.remote(Rank)
+            .options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, number))
+            .remote(self.spec, number)
+            for number in range(self.spec.ranks)
+        ]
+        address, port = ray.get(self._ranks[0].place.remote(), timeout=self.spec.stall_seconds)
+        self._together([rank.join.remote(address, port) for rank in self._ranks])
+
+    def _placement(self) -> PlacementGroup:
+        # Named after the coordinator: one that is started anew finds the group that its predecessor left.
+        name = f"rose-ray-gang-{ray.get_runtime_context().get_actor_id()}"
+        bundle = {"CPU": self.spec.cpus} | ({"GPU": self.spec.gpus} if self.spec.gpus else {})
+        try:
+            found: PlacementGroup = get_placement_group(name)
+            return found
+        except ValueError:
+            group: PlacementGroup = placement_group([bundle] * self.spec.ranks, strategy="PACK", name=name)
+        if not group.wait(self.spec.stall_seconds):
+            raise ResourceError(
+                f"no room for {self.spec.ranks} ranks of {bundle} within {self.spec.stall_seconds:g} s."
+            )
+        return group
+
+    def _together(self, references: list[Any]) -> list[Any]:
+        """Wait for all, and no longer once one has failed: the others wait for it in a collective."""
+        waiting = list(references)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=self.spec.stall_seconds)
+            if not done:
+                raise GetTimeoutError(f"no rank ended within {self.spec.stall_seconds:g} s")
+            try:
+                ray.get(done)
+            except RayTaskError as error:
+                self.stop()
+                cause = root_cause(error)
+                raise (cause if isinstance(cause, RoseError | OSError) else error) from None
+        return list(ray.get(references))
+
+    def stop(self) -> None:
+        """Kill all ranks; the next call starts others."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+
+class GangActor(ScoringActor):
+    """A scoring actor whose model several ranks share; itself it holds none."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        super().__init__(spec)
+        self.gang = Gang(spec)
+
+    def prepare(self, spaces: Sequence[SpaceSpec]) -> None:
+        """Nothing: the ranks load what they need."""
+
+    def features(self, tokens: pa.Table, spaces: Sequence[SpaceSpec]) -> ShardFeatures:
+        """Deal the shard's batches to the ranks and put together what they give."""
+        names, dtype = self.spec.checkpoint_names(), self.settings.stored_dtype
+        dealt = deal_batches(read_samples(tokens), self.settings.max_batch_tokens, self.spec.ranks)
+        parts = self.gang.call(
+            "parts", lambda rank: (tokens.take(pa.array(dealt[rank].samples, pa.int64())), dealt[rank], list(spaces))
+        )
+        places = [each.samples for each in dealt]
+        return assemble(ShardParts.joined(parts, places, tokens.num_rows), tokens, names, dtype)
+
+
+class GangBank:
+    """A `BankActor` whose model several ranks share. All of them compute the same, in step; the first one's counts."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        self.gang = Gang(spec)
+
+    def budget(self, spaces: Sequence[SpaceSpec]) -> int:
+        """See `BankActor`; the least of all ranks."""
+        return int(min(self.gang.call("budget", lambda rank: (spaces,))))
+
+    def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
+        """See `BankActor`."""
+        tables: list[pa.Table] = self.gang.call("bank", lambda rank: (target, pairs, space))[0]
+        return tables
+
+    def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
+        """See `BankActor`; the first rank writes."""
+        records: list[FileRecord] = self.gang.call("basis", lambda rank: (target, pairs, folder))[0]
+        return records

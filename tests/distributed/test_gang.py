@@ -1,0 +1,120 @@
+"""Ranks that share a model give what one process gives, and come back when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rose_ray.config import parse_config
+from rose_ray.distributed.engine import check_offload
+from rose_ray.distributed.run import run_job
+from rose_ray.errors import ConfigError, ResourceError
+from tests.distributed.conftest import FinishedJob
+from tests.distributed.reading import made_stages
+from tests.distributed.tiny import tiny_content
+
+SETTINGS = [
+    "model.deepspeed.zero_stage=3",
+    "ray.ranks_per_actor=2",
+    "ray.cpus_per_actor=0.25",
+    "gradients.stored_dtype=float32",
+]
+
+SCORE_BOUND = 2e-6
+"""Gathered weights are the same bits and batches the same rows; what is left is the order of float32 sums, 1e-7 or so of
+a vector's length, in either side of an inner product of unit vectors, over checkpoints."""
+
+
+def scores(workspace: Path) -> dict[str, np.ndarray]:
+    (path,) = workspace.glob("scores/alpha/*/scores.parquet")
+    table = pq.read_table(path)
+    order = np.argsort(table["row_id"].to_numpy())
+    return {name: table[name].to_numpy()[order] for name in ("row_id", "score", "gradient_norm")}
+
+
+@pytest.fixture(scope="module")
+def plain(finished: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Scores of the finished job's own warm-up by one process a model, features kept whole."""
+    workspace = tmp_path_factory.mktemp("plain") / "workspace"
+    copy_up_to_warmup(finished, workspace)
+    content = tiny_content(finished.inputs, workspace)
+    run_job(parse_config(content, ["gradients.stored_dtype=float32"]))
+    return scores(workspace)
+
+
+def copy_up_to_warmup(finished: FinishedJob, workspace: Path) -> None:
+    shutil.copytree(finished.workspace, workspace)
+    for stage in ("bank", "features", "scores", "selections", "budgets"):
+        shutil.rmtree(workspace / stage, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_a_gang_scores_as_one_process_does(finished: FinishedJob, plain: dict[str, np.ndarray], tmp_path: Path) -> None:
+    copy_up_to_warmup(finished, tmp_path / "workspace")
+    content = tiny_content(finished.inputs, tmp_path / "workspace")
+    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "workspace",))
+    killer.start()
+    result = run_job(parse_config(content, SETTINGS))
+    killer.join()
+    assert "features" in made_stages(result.stages) and "bank alpha" in made_stages(result.stages)
+    found = scores(tmp_path / "workspace")
+    assert found["row_id"].tolist() == plain["row_id"].tolist()
+    np.testing.assert_allclose(found["score"], plain["score"], atol=SCORE_BOUND)
+    np.testing.assert_allclose(found["gradient_norm"], plain["gradient_norm"], rtol=1e-5)
+
+
+def kill_a_rank(workspace: Path) -> None:
+    """Kill one of the ranks that make features, once a shard is finished."""
+    deadline = time.monotonic() + 200
+    while not list(workspace.glob("features/*/*/manifest.json")):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::Rank") and os.getppid() != int(path.parent.name):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                return
+        except OSError:
+            continue
+
+
+@pytest.mark.ray
+def test_more_ranks_than_the_cluster_has_are_refused_at_once(finished: FinishedJob, tmp_path: Path) -> None:
+    content = tiny_content(finished.inputs, tmp_path / "workspace")
+    with pytest.raises(ResourceError, match=r"1 actors x 9 ranks of 0\.25 CPU.*room for 8"):
+        run_job(parse_config(content, [*SETTINGS, "ray.ranks_per_actor=9"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ray.ranks_per_actor=2"], "ranks share a model only under"),
+        (["model.deepspeed.offload_parameters=nvme", "model.deepspeed.zero_stage=3"], "nvme_path go together"),
+        (["model.deepspeed.nvme_path=/disk", "model.deepspeed.zero_stage=3"], "nvme_path go together"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tiny_content(tmp_path, tmp_path / "workspace"), overrides)
+
+
+def test_nvme_is_refused_with_the_reason_where_it_cannot_work(tmp_path: Path) -> None:
+    settings = ["model.deepspeed.zero_stage=3", "model.deepspeed.offload_parameters=nvme"]
+    settings += [f"model.deepspeed.nvme_path={tmp_path}"]
+    config = parse_config(tiny_content(tmp_path, tmp_path / "workspace"), settings)
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        check_offload(config.model, "cpu")
+    else:
+        with pytest.raises(ResourceError, match="async_io operator, which cannot be built on"):
+            check_offload(config.model, "cpu")
