@@ -29,8 +29,8 @@ SETTINGS = [
 ]
 
 SCORE_BOUND = 2e-6
-"""Gathered weights are the same bits and batches the same rows; what is left is the order of float32 sums, 1e-7 or so of
-a vector's length, in either side of an inner product of unit vectors, over checkpoints."""
+"""Gathered weights are the same bits and batches the same rows; what is left is the order of float32 sums, 1e-7 or so
+of a vector's length, in either side of an inner product of unit vectors, over checkpoints."""
 
 
 def scores(workspace: Path) -> dict[str, np.ndarray]:
