@@ -10,6 +10,23 @@ import pytest
 
 from tests.tiny import byte_level_tokenizer, make_pair_rows, make_pool_rows, save_base, tiny_config
 
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def say_figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keep a measured figure for the end of the tests' output, whether they pass or not."""
+    return request.config.stash.setdefault(_FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what `say_figure` kept."""
+    figures = config.stash.get(_FIGURES, [])
+    if figures:
+        terminalreporter.section("figures")
+        for figure in figures:
+            terminalreporter.write_line(figure)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

@@ -188,7 +188,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_influence_is_the_margin_gained_per_unit_of_step_length(
-    setting: Setting, record_property: Callable[[str, object], None]
+    setting: Setting, say_figure: Callable[[str], None]
 ) -> None:
     influences = _influences(setting)
     assert influences.shape == (len(LEARNING_RATES), NUM_SAMPLES, NUM_PAIRS)
@@ -199,9 +199,9 @@ def test_influence_is_the_margin_gained_per_unit_of_step_length(
             exact = _pearson(influences[number][:, pair], slopes[:, pair])
             full = _pearson(influences[number][:, pair], changes[:, pair])
             where = f"checkpoint {number + 1}, pair {pair}"
-            record_property(f"pearson of slope, {where}", exact)
-            record_property(f"pearson of full step, {where}", full)
-            print(f"{where}: pearson of slope {exact:.8f}, of full Adam step {full:.4f}, ", end="")
-            print(f"mean change {changes[:, pair].mean():+.4f} nats")
+            say_figure(
+                f"reward step, {where}: Pearson with the slope {exact:.8f}, with the change under a full Adam step "
+                f"{full:.4f}; mean change {changes[:, pair].mean():+.4f} nats"
+            )
             assert exact >= LEAST_PEARSON
             assert np.ptp(slopes[:, pair]) > 100 * SLOPE_ERROR
