@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rose_ray.config.lease import LeaseConfig
 from rose_ray.config.selection import SelectionConfig, TrainingSetConfig
 from rose_ray.config.strict import Fraction, Name, Strict
 
@@ -322,22 +323,6 @@ class RayConfig(Strict):
         if value > 1 and not value.is_integer():
             raise ValueError(f"{value} GPUs: Ray shares one GPU among actors, or gives an actor whole ones")
         return value
-
-
-class LeaseConfig(Strict):
-    """What keeps two runs from writing to one workspace at the same time."""
-
-    enabled: bool = Field(
-        True, description="Hold the workspace while a run is at work; needs a local or shared folder, or S3 with boto3."
-    )
-    term_seconds: float = Field(
-        60.0, gt=0, description="A run that was not heard of for so long, on another machine, is taken over from."
-    )
-
-    @property
-    def term(self) -> float | None:
-        """``term_seconds``, or None where no lease is held."""
-        return self.term_seconds if self.enabled else None
 
 
 class JobConfig(Strict):

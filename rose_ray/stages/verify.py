@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from rose_ray.config import load_config
-from rose_ray.config.models import LeaseConfig
+from rose_ray.config.lease import LeaseConfig
 from rose_ray.stores.lease import held
 from rose_ray.stores.verify import delete_orphans as delete_found
 from rose_ray.stores.verify import verify, verify_lines
