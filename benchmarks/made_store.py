@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.kernels.quantization import StoredType, quantize
 from rose_ray.schemas import FEATURE_REJECTED, SHARD, bank_schema, features_schema, scores_schema
 from rose_ray.stages.pool import settle_pool

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.timing import write_results
 from rose_ray.config import load_config
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.kernels.adam import common_direction

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from rose_ray.config.models import TargetConfig
+    from rose_ray.config.target import TargetConfig
     from rose_ray.data.tokenize import Sample
     from rose_ray.stages.score import ShardRows
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 
 _PLACEHOLDERS = {
     "workspace": "rose-workspace",

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rose_ray.config.credentials import refuse_credentials
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.config.presets import PRESETS
 from rose_ray.errors import ConfigError
 

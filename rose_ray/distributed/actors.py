@@ -14,7 +14,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rose_ray.config.models import GradientConfig, LoraConfig, ModelConfig, RayConfig, TargetConfig
+from rose_ray.config.cluster import RayConfig
+from rose_ray.config.gradients import GradientConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.distributed.engine import load_scoring_model

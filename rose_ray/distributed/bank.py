@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
 from rose_ray.distributed.actors import BankActor
 from rose_ray.distributed.gang import GangBank

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ResourceError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.layout import adapter_parameters

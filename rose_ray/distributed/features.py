@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from rose_ray.config.models import RayConfig
+from rose_ray.config.cluster import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
 from rose_ray.distributed.gang import GangActor
 from rose_ray.distributed.job import Job

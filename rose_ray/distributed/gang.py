@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.batches import DealtBatches, deal_batches
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import BankActor, ScoringActor, ScoringSpec

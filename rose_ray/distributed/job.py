@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from rose_ray.config.models import JobConfig, TargetConfig
+from rose_ray.config.job import JobConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.distributed.actors import ScoringSpec, device_of
 from rose_ray.distributed.metrics import say_stage
 from rose_ray.distributed.spaces import SpaceSpec, projection_identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.errors import ModelError, NonFiniteError
 from rose_ray.filesystem import Location, locate
 from rose_ray.model.checkpoint import (

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from rose_ray.config.models import JobConfig, TargetConfig
+from rose_ray.config.job import JobConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import BANK_BATCH_TOKENS, missing_banks, missing_bases, read_target_pairs

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rose_ray.config.models import ModelConfig, TargetConfig
+from rose_ray.config.model import ModelConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import BankActor, ScoringSpec, cached_tokeniser
 from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group

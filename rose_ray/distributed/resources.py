@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import ray
 
-from rose_ray.config.models import JobConfig, RayConfig
+from rose_ray.config.cluster import RayConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)

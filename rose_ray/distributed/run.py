@@ -12,7 +12,7 @@ from collections.abc import Collection
 import ray
 
 from rose_ray.config.changes import changed_keys, recomputed_stages
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases, read_target_pairs
 from rose_ray.distributed.checkpoints import warm_up

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import ray
 
-from rose_ray.config.models import RayConfig
+from rose_ray.config.cluster import RayConfig
 from rose_ray.errors import ResourceError, RoseError
 from rose_ray.failpoints import failpoint_environment
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import safetensors.torch
 import torch
 
-from rose_ray.config.models import GradientConfig
+from rose_ray.config.gradients import GradientConfig
 from rose_ray.errors import AlteredFileError
 from rose_ray.kernels.adam import AdamState, common_direction
 from rose_ray.kernels.deflated import DeflatedProjection

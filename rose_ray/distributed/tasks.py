@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from rose_ray.config.models import TargetConfig
 from rose_ray.config.selection import SelectionConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.errors import AccountingError, StoreError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rose_ray.config.models import LoraConfig, ModelConfig, WarmupConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.distributed.engine import import_deepspeed
 from rose_ray.distributed.resume import find_state, read_tensors, save_state
 from rose_ray.distributed.sharded import MOMENT_KEYS, read_state, set_moments, set_weights

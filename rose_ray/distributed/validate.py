@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate

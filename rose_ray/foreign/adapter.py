@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rose_ray.config.models import ModelConfig
+from rose_ray.config.model import ModelConfig
 from rose_ray.errors import ModelError, NonFiniteError, StoreError
 from rose_ray.foreign.optimizer import by_layout_name
 from rose_ray.foreign.pickles import load_pickled

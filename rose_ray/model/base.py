@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE, ChatTemplate
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.errors import ModelError

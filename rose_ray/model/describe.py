@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.model.base import attach_adapter, base_digest, load_base, load_tokeniser, resolve_base
 from rose_ray.model.layout import ParameterLayout, layout_of

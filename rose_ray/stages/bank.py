@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.batches import length_batches
 from rose_ray.data.official import encode_official_pair
 from rose_ray.data.preferences import PreferencePair

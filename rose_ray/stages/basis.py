@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.kernels.aggregation import subtask_order
 from rose_ray.kernels.objectives import bank_directions
 from rose_ray.kernels.projection import NoProjection

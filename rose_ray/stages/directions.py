@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rose_ray.config.models import AdamMode
+from rose_ray.config.gradients import AdamMode
 from rose_ray.data.batches import DealtBatches, length_batches
 from rose_ray.data.tokenize import Sample
 from rose_ray.errors import ResourceError

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rose_ray.config.models import WarmupConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.kernels.quantization import StoredType
 from rose_ray.stages.warmup import TrainingStep, plan_training
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rose_ray.config.models import JobConfig, TargetConfig
+from rose_ray.config.job import JobConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.errors import DataError, StoreError
 from rose_ray.kernels.influence import checkpoint_weights

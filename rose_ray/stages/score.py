@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rose_ray.config.models import Normalization, TargetConfig
+from rose_ray.config.target import Normalization, TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, NonFiniteError, SpaceMismatchError
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks, subtask_order
 from rose_ray.kernels.influence import checkpoint_weights, influence

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from decimal import Decimal
 
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.budget import Budget, budget_count

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.config.models import Normalization
+from rose_ray.config.target import Normalization
 from rose_ray.kernels.quantization import dequantize
 
 

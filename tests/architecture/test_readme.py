@@ -83,7 +83,7 @@ def first_row_id() -> str:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: str) -> None:
-    from rose_ray.config.models import RayConfig
+    from rose_ray.config.cluster import RayConfig
     from rose_ray.distributed.session import ray_session
 
     monkeypatch.chdir(tmp_path)

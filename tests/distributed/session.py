@@ -14,7 +14,7 @@ def local_ray() -> Iterator[None]:
     """Start Ray here, or use the one that is open; `run_job` uses it as it is."""
     import ray
 
-    from rose_ray.config.models import RayConfig
+    from rose_ray.config.cluster import RayConfig
     from rose_ray.distributed.session import worker_environment
 
     if ray.is_initialized():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rose_ray.config.models import TargetConfig
+from rose_ray.config.target import TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, DataError, SpaceMismatchError
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema
 from rose_ray.stages.score import ShardRows, check_same_space

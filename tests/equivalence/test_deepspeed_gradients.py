@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rose_ray.config.models import DeepSpeedConfig, LoraConfig, ModelConfig
+from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
 from tests import oracles
 from tests.equivalence.ranks import run_ranks
 from tests.tiny import make_samples, save_base, tiny_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rose_ray import AdamMoments, AdamState, GradientEngine
-from rose_ray.config.models import AdamMode
+from rose_ray.config.gradients import AdamMode
 from tests import oracles
 from tests.tiny import make_samples
 

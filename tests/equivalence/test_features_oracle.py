@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig
+from rose_ray.config.gradients import AdamMode
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.kernels.projection import make_projection

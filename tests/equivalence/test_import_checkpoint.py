@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rose_ray.config.models import ModelConfig
+from rose_ray.config.model import ModelConfig
 from rose_ray.distributed.import_checkpoint import import_checkpoint
 from rose_ray.errors import ModelError
 from rose_ray.filesystem import locate
@@ -237,7 +237,7 @@ def test_models_that_tensor_parallelism_cut_are_refused(deepspeed_runs: Any, tmp
 
 
 def test_the_oracle_model_is_the_project_s(base: str) -> None:
-    from rose_ray.config.models import LoraConfig
+    from rose_ray.config.model import LoraConfig
     from rose_ray.model.base import attach_adapter
 
     lora = LoraConfig(rank=3, alpha=6.0, dropout=0.0, target_modules=LORA["targets"])

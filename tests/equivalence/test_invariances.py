@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig, PairInput, TargetConfig
+from rose_ray.config.gradients import AdamMode
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.conversation import Conversation, Message
 from rose_ray.data.preferences import PreferencePair, check_pairs
 from rose_ray.data.tokenize import Sample, Tokeniser

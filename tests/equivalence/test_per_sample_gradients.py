@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import Reduction, ScoringModel, pack_batch, pad_batch

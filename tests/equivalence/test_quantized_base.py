@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rose_ray.config.models import DeepSpeedConfig, LoraConfig, ModelConfig, WarmupConfig
+from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.filesystem import locate

@@ -18,7 +18,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rose_ray.config.models import LoraConfig, ModelConfig, PairInput, TargetConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.conversation import Conversation, Message
 from rose_ray.data.preferences import read_pairs
 from rose_ray.data.tokenize import Sample

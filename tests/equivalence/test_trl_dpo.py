@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rose_ray.config.models import LoraConfig, ModelConfig, PairInput, TargetConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.preferences import read_pairs
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.filesystem import locate

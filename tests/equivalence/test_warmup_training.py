@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rose_ray.config.models import LoraConfig, ModelConfig, WarmupConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.data.tokenize import Sample
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.filesystem import locate

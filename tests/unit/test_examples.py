@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from rose_ray.config import load_config, parse_config
-from rose_ray.config.models import LoraConfig, WarmupConfig
+from rose_ray.config.model import LoraConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.demo.make import demo_config, demo_paths
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rose_ray.config.changes import _RECOMPUTED, STAGES, changed_keys, recomputed_stages
-from rose_ray.config.models import JobConfig
+from rose_ray.config.job import JobConfig
 
 
 def test_leaves_that_differ_by_their_dotted_key() -> None:

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from rose_ray.config.job import JobConfig
 from rose_ray.config.load import parse_config
-from rose_ray.config.models import JobConfig, ModelConfig, PairInput, TargetConfig
+from rose_ray.config.model import ModelConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.conversation import Conversation, Message
 from rose_ray.data.official import MAX_PROMPT_TOKENS, encode_official_pair
 from rose_ray.data.preferences import PreferencePair

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
-from rose_ray.config.models import DeepSpeedConfig, LoraConfig, ModelConfig
+from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE
 from rose_ray.errors import ModelError
 from rose_ray.model.base import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ModelError
 from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.describe import describe_model

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ModelError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.layout import ParameterLayout, adapter_layers, adapter_parameters, layout_of

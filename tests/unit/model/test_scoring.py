@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rose_ray.config.models import LoraConfig, ModelConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.tokenize import Sample
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.layout import adapter_parameters

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rose_ray.config.models import LoraConfig, ModelConfig, PairInput, TargetConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.conversation import Message
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Tokeniser

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from rose_ray.config.models import AdamMode, LoraConfig, ModelConfig
+from rose_ray.config.gradients import AdamMode
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.projection import make_projection

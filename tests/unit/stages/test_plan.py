@@ -2,7 +2,7 @@
 
 import pytest
 
-from rose_ray.config.models import WarmupConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.stages.plan import (
     PoolTokens,
     Rates,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rose_ray.config.models import PairInput, TargetConfig
+from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, DataError, NonFiniteError, SpaceMismatchError
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema, scores_schema
 from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards, target_directions

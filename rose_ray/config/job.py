@@ -1,0 +1,78 @@
+"""The shape of the whole YAML: strict models whose field descriptions are the reference for users."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rose_ray.config.cluster import RayConfig
+from rose_ray.config.gradients import GradientConfig
+from rose_ray.config.lease import LeaseConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.pool import PoolConfig
+from rose_ray.config.selection import TrainingSetConfig
+from rose_ray.config.strict import Strict
+from rose_ray.config.target import TargetConfig
+from rose_ray.config.warmup import WarmupConfig
+
+
+class JobConfig(Strict):
+    """The whole YAML."""
+
+    workspace: str = Field(description="Folder or URI that holds everything the job makes.")
+    preset: Literal["rose_official"] | None = Field(
+        None, description="rose_official reproduces the released code's behaviour; what you set yourself wins."
+    )
+    model: ModelConfig = Field(description="The base model and how text becomes tokens.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter whose gradients are compared.")
+    pool: PoolConfig = Field(description="What is selected from.")
+    targets: list[TargetConfig] = Field(min_length=1, description="What the selected data should help.")
+    training_set: TrainingSetConfig | None = Field(
+        None, description="One training set from several targets, if wanted."
+    )
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig, description="The training that yields the checkpoints.")
+    gradients: GradientConfig = Field(default_factory=GradientConfig, description="From gradient to feature.")
+    ray: RayConfig = Field(default_factory=RayConfig, description="Where the job runs.")
+    lease: LeaseConfig = Field(default_factory=LeaseConfig, description="One run at a time on a workspace.")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> JobConfig:
+        names = [target.name for target in self.targets]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"targets: names must differ, found {repeated} more than once")
+        if "training_set" in names:
+            raise ValueError("targets: the name training_set is taken by `training_set`")
+        if self.training_set is not None:
+            unknown = sorted(set(self.training_set.targets or []) - set(names))
+            if unknown:
+                raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
+        if self.gradients.packing and self.model.attention != "flash_attention_2":
+            raise ValueError(
+                f"gradients.packing: only flash_attention_2 keeps packed rows apart without a mask of length squared; "
+                f"model.attention is {self.model.attention}"
+            )
+        if self.model.quantized != "none" and self.warmup.zero_stage == 3:
+            raise ValueError(
+                f"warmup.zero_stage: 3 would partition the packed weights of model.quantized: {self.model.quantized}: "
+                "set zero_stage: 2 or lower"
+            )
+        partitioned = self.model.loader == "deepspeed" and self.model.deepspeed.zero_stage == 3
+        if self.ray.ranks_per_actor > 1 and not partitioned:
+            raise ValueError(
+                f"ray.ranks_per_actor: {self.ray.ranks_per_actor} ranks share a model only under model.loader: "
+                "deepspeed with model.deepspeed.zero_stage: 3"
+            )
+        if self.ray.ranks_per_actor > 1 and self.gradients.packing:
+            raise ValueError("gradients.packing is not open to ranks that share a model: set ray.ranks_per_actor: 1")
+        for target in self.targets:
+            if target.normalize == "projected" and self.is_exact(target):
+                raise ValueError(
+                    f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
+                )
+        return self
+
+    def is_exact(self, target: TargetConfig) -> bool:
+        """Whether a target is scored by exact inner products."""
+        return target.exact or self.gradients.projection.kind == "exact"
