@@ -28,7 +28,8 @@ from rose_ray.distributed.session import root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.errors import ResourceError, RoseError
 from rose_ray.model.scoring import ScoringModel
-from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, read_samples, shard_parts
+from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, shard_parts
+from rose_ray.stages.tokens import read_samples
 from rose_ray.stores.workspace import FileRecord
 
 logger = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import ConfigError, RoseError
-from rose_ray.model.base import with_absolute_paths
+from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections

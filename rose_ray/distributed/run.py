@@ -24,7 +24,7 @@ from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
-from rose_ray.model.base import with_absolute_paths
+from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stores.lease import abandoned_before, opened
 from rose_ray.stores.leftovers import sweep_shared
