@@ -6,8 +6,9 @@ import functools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class ScoringSpec:
         ranks: Ranks that share an actor's model.
         cpus, gpus: Of each rank.
         stall_seconds: A gang that is silent for so long has come apart.
+        gang: What the names of its coordinators' placement groups begin with.
     """
 
     workspace: Workspace
@@ -80,6 +82,7 @@ class ScoringSpec:
     cpus: float = 1.0
     gpus: float = 0.0
     stall_seconds: float = 3600.0
+    gang: str = field(default_factory=lambda: f"rose-ray-gang-{uuid.uuid4().hex}")
 
     def read_checkpoints(self) -> list[Checkpoint]:
         """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.

@@ -15,7 +15,7 @@ import ray
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
 from rose_ray.distributed.actors import BankActor
-from rose_ray.distributed.gang import GangBank
+from rose_ray.distributed.gang import GangBank, released_gangs
 from rose_ray.distributed.job import FeatureSet, Job
 from rose_ray.filesystem import expand
 from rose_ray.stages.bank import BANK_VERSION
@@ -57,16 +57,16 @@ class ModelActor:
     """The one actor that works on pairs; it starts when first needed."""
 
     def __init__(self, job: Job, warmup: Manifest) -> None:
-        self.job, self.warmup = job, warmup
+        self.job = job
         self._handle: Any = None
+        configured = job.config.gradients.max_batch_tokens
+        self._spec = job.spec(warmup, BANK_BATCH_TOKENS if configured == "auto" else configured)
 
     @property
     def handle(self) -> Any:
         """Of a running `BankActor`."""
         if self._handle is None:
-            configured = self.job.config.gradients.max_batch_tokens
-            bound = BANK_BATCH_TOKENS if configured == "auto" else configured
-            spec = self.job.spec(self.warmup, bound)
+            spec = self._spec
             # A gang's coordinator needs nothing itself.
             self._handle = (
                 ray.remote(num_cpus=0)(GangBank).remote(spec) if spec.ranks > 1 else self.job.actor(BankActor, spec)
@@ -76,7 +76,8 @@ class ModelActor:
     def stop(self) -> None:
         """Give its resources back."""
         if self._handle is not None:
-            ray.kill(self._handle)
+            with released_gangs(self._spec):
+                ray.kill(self._handle)
             self._handle = None
 
 

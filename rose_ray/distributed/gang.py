@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rose_ray.config.target import TargetConfig
@@ -119,7 +120,7 @@ class Gang:
 
     def _placement(self) -> PlacementGroup:
         # Named after the coordinator: one that is started anew finds the group that its predecessor left.
-        name = f"rose-ray-gang-{ray.get_runtime_context().get_actor_id()}"
+        name = f"{self.spec.gang}-{ray.get_runtime_context().get_actor_id()}"
         bundle = {"CPU": self.spec.cpus} | ({"GPU": self.spec.gpus} if self.spec.gpus else {})
         try:
             found: PlacementGroup = get_placement_group(name)
@@ -152,6 +153,22 @@ class Gang:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+
+
+@contextmanager
+def released_gangs(spec: ScoringSpec) -> Iterator[None]:
+    """Remove the placement groups of the coordinators that have this specification, however they end.
+
+    Ray keeps a group that an actor made until its job ends, so the driver removes them: what comes next in the job
+    would wait for their resources.
+    """
+    try:
+        yield
+    finally:
+        groups = ray.util.placement_group_table().values() if spec.ranks > 1 else []
+        for group in groups:
+            if group["name"].startswith(f"{spec.gang}-") and group["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 class GangActor(ScoringActor):

@@ -29,7 +29,7 @@ def scraped(worker: str = "") -> dict[str, dict[str, float]]:
         with urllib.request.urlopen(url, timeout=10) as response:
             text = response.read().decode()
         for name, labels, value in re.findall(r"^(ray_rose_ray_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-            if f'WorkerId="{worker}' not in labels:
+            if worker and f'WorkerId="{worker}"' not in labels:
                 continue
             own = re.search(r'(?:outcome|phase|stage)="([^"]*)"', labels)
             found[name][own[1] if own else ""] += float(value)
