@@ -14,7 +14,7 @@ import ray
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.job import JobConfig
 from rose_ray.distributed.actors import device_of
-from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases, read_target_pairs
+from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
 from rose_ray.distributed.checkpoints import warm_up
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
@@ -26,6 +26,7 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
 from rose_ray.model.base import with_absolute_paths
 from rose_ray.stages.selection_check import check_selections
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import abandoned_before, opened
 from rose_ray.stores.leftovers import sweep_shared
 from rose_ray.stores.runs import last_run, write_run

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rose_ray.config.job import JobConfig
-from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate
 from rose_ray.model.base import load_tokeniser
 from rose_ray.model.describe import describe_model
 from rose_ray.stages.bank import encode_pairs
 from rose_ray.stages.ingest import detect_file_format
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.workspace import Workspace
 
 
