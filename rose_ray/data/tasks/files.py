@@ -6,7 +6,7 @@
 ``.json``, an object   ``examples``: objects with ``input`` and ``target`` (BIG-Bench Hard as released); the name is the
                        subtask's, the split ``test``
 ``.txt``               worked examples behind a line of dashes: ``Q: ...``, ``A: ...`` (its ``cot-prompts``), split
-                       ``fewshot``
+                       ``fewshot``; without such a line, a ``text`` a line
 ``.jsonl``, ``.json``  records with keys, as `rose_ray.data.records` reads them; also ``.ndjson``, ``.parquet``
 ``.tar.gz``, ``.tar``  members of these kinds by name; members of other kinds, such as a licence, are passed over
 =====================  ================================================================================================
@@ -188,12 +188,16 @@ def _examples(location: Location, stem: str, text: str) -> Iterator[LabelledReco
 
 
 def _worked_examples(location: Location, stem: str, compression: str | None) -> Iterator[LabelledRecord]:
-    _, dashes, body = _text(location, compression).partition("\n-----\n")
+    text = _text(location, compression)
+    _, dashes, body = text.partition("\n-----\n")
+    if not dashes:
+        for place, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield LabelledRecord(location.name, stem, place, {"text": line.strip()})
+        return
     blocks = re.split(r"^Q: ", body, flags=re.MULTILINE)[1:]
-    if not dashes or not blocks:
-        raise DataError(
-            f"{location.name}: expected worked examples, 'Q: ...' and 'A: ...' behind a line '-----'; found none."
-        )
+    if not blocks:
+        raise DataError(f"{location.name}: expected 'Q: ...' and 'A: ...' behind the line '-----'; found none.")
     for place, block in enumerate(blocks, start=1):
         question, answer_mark, answer = block.partition("\nA: ")
         value: dict[str, Any] | RejectedRecord = {

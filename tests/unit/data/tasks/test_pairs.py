@@ -110,7 +110,10 @@ def test_files_of_the_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.json: expected an array, or an object with a list of examples"):
         read(tmp_path / "x.json", EXACT)
     (tmp_path / "x.txt").write_text("Some text\n")
-    with pytest.raises(DataError, match=r"x\.txt: expected worked examples"):
+    with pytest.raises(PairError, match=r"x\.txt row 1: wrong_task: .* found the keys \['text'\]"):
+        read(tmp_path / "x.txt", EXACT)
+    (tmp_path / "x.txt").write_text("canary\n-----\nSome text\n")
+    with pytest.raises(DataError, match=r"x\.txt: expected 'Q: ...' and 'A: ...' behind the line '-----'"):
         read(tmp_path / "x.txt", EXACT)
     (tmp_path / "x.tar.gz").write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"x\.tar\.gz: not a readable archive"):
