@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +16,7 @@ from rose_ray.distributed.actors import BankActor
 from rose_ray.distributed.gang import GangBank
 from rose_ray.distributed.job import FeatureSet, Job
 from rose_ray.filesystem import expand
-from rose_ray.stages.bank import BANK_VERSION
+from rose_ray.stages.bank import BANK_VERSION, pairs_digest
 from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
@@ -26,8 +24,12 @@ from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, fi
 logger = logging.getLogger(__name__)
 
 
-def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
+def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[PreferencePair]:
     """Read and check all pairs of a target.
+
+    Args:
+        target: Names the files.
+        checked: False to get pairs as well that `check_pairs` refuses.
 
     Raises:
         DataError: A file cannot be read.
@@ -43,9 +45,11 @@ def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
             subtask=entry.subtask,
             subtask_field=entry.subtask_field,
             subtask_blocks=entry.subtask_blocks,
+            checked=checked,
         )
     ]
-    check_pairs(pairs, target=target.name)
+    if checked:
+        check_pairs(pairs, target=target.name)
     return take_shots(pairs, target.shots, target=target.name)
 
 
@@ -193,7 +197,7 @@ def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferenceP
     official = target.encoding == "rose_official"
     return {
         **job.encoding(),
-        "pairs": hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest(),
+        "pairs": pairs_digest(pairs),
         "encoding": target.encoding,
         "official": [target.official_cut, target.dpo_beta] if official else None,
     }

@@ -1,0 +1,75 @@
+"""Is a target fit to be selected for: its pairs, its direction, and what the direction foretells."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rose_ray.cli.app import Config, Set, app, reported
+
+if TYPE_CHECKING:
+    from rose_ray.config.job import JobConfig
+    from rose_ray.stores.workspace import Workspace
+
+Json = Annotated[str | None, typer.Option("--json", help="Write everything as JSON to this file too.")]
+
+
+@app.command()
+@reported
+def doctor(
+    config: Config,
+    test: Annotated[list[str] | None, typer.Option("--test", help="Files of test texts to look for.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if more than notes is found.")] = False,
+    json_file: Json = None,
+    similar: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sides are near-identical from this share of equal words on.")
+    ] = 0.9,
+    subtask_pairs: Annotated[int, typer.Option(min=1, help="Fewest pairs of a subtask.")] = 3,
+    overrides: Set = None,
+) -> None:
+    """Look for what is wrong with the targets' pairs: by their texts, and by the bank and pool where there are some."""
+    from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from rose_ray.distributed.bank import read_target_pairs
+    from rose_ray.errors import PairError
+    from rose_ray.filesystem import expand
+    from rose_ray.stages.diagnose.doctor import examine
+    from rose_ray.stages.diagnose.findings import report_lines
+    from rose_ray.stages.diagnose.overlap import read_evaluation_texts
+    from rose_ray.stages.diagnose.pair_texts import TextLimits
+
+    pairs: dict[str, Any] = {}
+    for target in loaded.targets:
+        try:
+            pairs[target.name] = read_target_pairs(target, checked=False)
+        except PairError as error:
+            pairs[target.name] = error
+    tests = read_evaluation_texts(expand(test)) if test else None
+    limits = TextLimits(similarity=similar, subtask_pairs=subtask_pairs)
+    reports = []
+    for number, report in enumerate(examine(_workspace_if_any(loaded), loaded, pairs, tests, limits)):
+        reports.append(report)
+        for line in [*([""] if number else []), *report_lines(report)]:
+            typer.echo(line)
+    _write_json(json_file, {"targets": [report.as_json() for report in reports]})
+    if strict and not all(report.is_healthy for report in reports):
+        raise typer.Exit(1)
+
+
+def _workspace_if_any(config: JobConfig) -> Workspace | None:
+    from rose_ray.filesystem import locate
+    from rose_ray.stores.workspace import Workspace
+
+    workspace = Workspace(locate(config.workspace))
+    return workspace if workspace.check_format() else None
+
+
+def _write_json(path: str | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        typer.echo(f"wrote {path}")
