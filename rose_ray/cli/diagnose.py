@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rose_ray.cli.app import Config, Set, app, reported
+from rose_ray.cli.app import Config, Set, Target, app, reported
 
 if TYPE_CHECKING:
     from rose_ray.config.job import JobConfig
@@ -30,9 +30,7 @@ def doctor(
     overrides: Set = None,
 ) -> None:
     """Look for what is wrong with the targets' pairs: by their texts, and by the bank and pool where there are some."""
-    from rose_ray.config import load_config
-
-    loaded = load_config(config, overrides or [])
+    loaded = _loaded(config, overrides)
     from rose_ray.distributed.bank import read_target_pairs
     from rose_ray.errors import PairError
     from rose_ray.filesystem import expand
@@ -73,3 +71,43 @@ def _write_json(path: str | None, content: dict[str, Any]) -> None:
             json.dump(content, file, indent=2, ensure_ascii=False)
             file.write("\n")
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+@reported
+def shots(
+    config: Config,
+    target: Target,
+    draws: Annotated[int, typer.Option(min=2, help="Random draws of pairs for each number of shots.")] = 50,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Least lower end of the Jaccard index of a stable selection.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    json_file: Json = None,
+    overrides: Set = None,
+) -> None:
+    """Say how far the selection hangs on which pairs there are: fewer, one left out, labels flipped. No model runs."""
+    loaded = _loaded(config, overrides)
+    from rose_ray.distributed.bank import read_target_pairs
+    from rose_ray.stages.diagnose.pool_scores import PoolScores, stored_pool
+    from rose_ray.stages.diagnose.shots import DrawSettings, shots_lines, shots_report
+    from rose_ray.stages.diagnose.stored import needed_bank, target_named
+    from rose_ray.stores.workspace import Workspace
+
+    chosen = target_named(loaded, target)
+    workspace = Workspace.open(loaded.workspace)
+    bank = needed_bank(workspace, loaded, chosen, read_target_pairs(chosen))
+    pool, features_key = stored_pool(workspace, bank)
+    with PoolScores(bank.atoms(), chosen, pool.counts["unique"]) as scores:
+        scores.read(workspace, pool, features_key, bank.checkpoints)
+        settings = DrawSettings(draws, threshold, seed)
+        report = shots_report(scores, bank.pairs[0].pair_ids, bank.subtasks, settings)
+    for line in shots_lines(report):
+        typer.echo(line)
+    _write_json(json_file, report.as_json())
+
+
+def _loaded(config: str, overrides: list[str] | None) -> JobConfig:
+    from rose_ray.config import load_config
+
+    return load_config(config, overrides or [])

@@ -14,6 +14,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import ConfigError, StoreError
 from rose_ray.kernels.influence import checkpoint_weights
 from rose_ray.kernels.objectives import PairGradients
+from rose_ray.kernels.pair_draws import PairAtoms
 from rose_ray.stages.bank import pairs_digest
 from rose_ray.stages.score import stored_pair_gradients
 from rose_ray.stores.features import checkpoint_file
@@ -48,6 +49,18 @@ class StoredBank:
     def weights_C(self) -> np.ndarray:
         """Of the checkpoints, summing to 1."""
         return checkpoint_weights(self.mean_learning_rates)
+
+    def atoms(self) -> PairAtoms:
+        """What any draw of the pairs makes its directions of."""
+        target = self.target
+        return PairAtoms(
+            target.objective,
+            self.pairs,
+            self.weights_C,
+            self.subtasks,
+            dpo_beta=target.dpo_beta,
+            normalize=target.normalize,
+        )
 
 
 def target_named(config: JobConfig, name: str) -> TargetConfig:

@@ -61,9 +61,9 @@ def test_a_hit_by_hash_alone_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_similarity_is_the_part_of_matching_words() -> None:
-    assert similarity("a b c d".split(), "a b c e".split()) == pytest.approx(0.75)
+    assert similarity(["a", "b", "c", "d"], ["a", "b", "c", "e"]) == pytest.approx(0.75)
     assert similarity(["a"], ["a"]) == 1.0
-    assert similarity("a b".split(), "c d".split(), least=0.9) < 0.9
+    assert similarity(["a", "b"], ["c", "d"], least=0.9) < 0.9
 
 
 def test_strings_come_with_their_keys_and_roles() -> None:

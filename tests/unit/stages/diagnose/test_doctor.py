@@ -187,7 +187,7 @@ def test_the_longer_side_is_the_one_with_more_tokens(tmp_path: Path) -> None:
     assert finding.severity == "warning" and set(finding.ids) == {"p0", "p1"}
     assert finding.numbers["median_share_of_longer_side"] == pytest.approx(0.9)
     assert "makes 90% of the direction's squared length in the median pair, and has 75%" in finding.message
-    assert finding.numbers["norm_w"] == {"p0": 3.0, "p1": 1.0, "p2": 3.0}
+    assert finding.numbers["norm_w"] == pytest.approx({"p0": 3.0, "p1": 1.0, "p2": 3.0})
     assert found["lengths"].severity == "warning" and "(tokens)" in found["lengths"].message
 
 
