@@ -111,3 +111,65 @@ def _loaded(config: str, overrides: list[str] | None) -> JobConfig:
     from rose_ray.config import load_config
 
     return load_config(config, overrides or [])
+
+
+@app.command()
+@reported
+def alignment(
+    config: Config,
+    target: Target,
+    held_out: Annotated[
+        list[str], typer.Option("--held-out", help="Files of held-out pairs, or SUBTASK=FILES; once or more.")
+    ],
+    pairs: Annotated[int | None, typer.Option(min=1, help="Take so many of every subtask; all if unset.")] = None,
+    resamples: Annotated[int, typer.Option(min=100, help="Of the held-out pairs, for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    json_file: Json = None,
+    overrides: Set = None,
+) -> None:
+    """Compare a target's direction with that of held-out pairs; computes their bank where there is none."""
+    loaded = _loaded(config, overrides)
+    from rose_ray.distributed.alignment import held_out_banks
+    from rose_ray.distributed.bank import read_target_pairs
+    from rose_ray.stages.diagnose.alignment import alignment_lines, alignments, check_apart, held_out_target
+    from rose_ray.stages.diagnose.stored import target_named
+
+    chosen = target_named(loaded, target)
+    other = held_out_target(loaded, chosen, held_out, pairs)
+    own, apart = read_target_pairs(chosen), read_target_pairs(other)
+    check_apart(chosen, own, apart)
+    banks = held_out_banks(loaded, (chosen, other), (own, apart))
+    report = alignments(*banks, num_resamples=resamples, seed=seed)
+    for line in alignment_lines(report):
+        typer.echo(line)
+    _write_json(json_file, report.as_json())
+
+
+@app.command("reward-step")
+@reported
+def reward_step(
+    config: Config,
+    target: Target,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the pool, drawn at random.")] = 16,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of the target, drawn at random.")] = 4,
+    step: Annotated[float, typer.Option(help="Length of the short step over the adapter's own.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    json_file: Json = None,
+    overrides: Set = None,
+) -> None:
+    """Take training steps on a few rows and set the margins' changes beside what the influences foretell."""
+    loaded = _loaded(config, overrides)
+    from rose_ray.distributed.bank import read_target_pairs
+    from rose_ray.distributed.reward_step import reward_step as measure
+    from rose_ray.errors import ConfigError
+    from rose_ray.stages.diagnose.reward_step import reward_step_lines
+    from rose_ray.stages.diagnose.stored import target_named
+
+    if not 0 < step < 1:
+        raise ConfigError(f"--step {step}: expected a share above 0 and below 1 of the adapter's length.")
+    chosen = target_named(loaded, target)
+    own = read_target_pairs(chosen)
+    report = measure(loaded, chosen, own, num_rows=rows, num_pairs=pairs, share=step, seed=seed)
+    for line in reward_step_lines(report):
+        typer.echo(line)
+    _write_json(json_file, report.as_json())

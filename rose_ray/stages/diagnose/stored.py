@@ -30,6 +30,7 @@ class StoredBank:
     Attributes:
         target: As configured now; another objective than the bank was first made for is arithmetic on it.
         manifest: Of the bank.
+        warmup: Whose checkpoints it was made at.
         checkpoints: Names, in order of training.
         mean_learning_rates: Theirs.
         pairs: Gradients and numbers, one for each checkpoint.
@@ -39,6 +40,7 @@ class StoredBank:
 
     target: TargetConfig
     manifest: Manifest
+    warmup: Manifest
     checkpoints: tuple[str, ...]
     mean_learning_rates: tuple[float, ...]
     pairs: tuple[PairGradients, ...]
@@ -107,6 +109,7 @@ def find_bank(
     return StoredBank(
         target,
         manifest,
+        warmup,
         tuple(names),
         tuple(checkpoint["mean_learning_rate"] for checkpoint in warmup.facts["checkpoints"]),
         tuple(stored_pair_gradients(table) for table in tables),
