@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks.timing import write_results
 from rose_ray.config import load_config
 from rose_ray.config.job import JobConfig
-from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.kernels.adam import common_direction
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks
@@ -36,6 +35,7 @@ from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.bank import encode_pairs, pair_gradients
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
 from rose_ray.stages.pool import read_pool_shard
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stages.tokens import read_samples, tokenize_shard
 from rose_ray.stores.manifest import read_manifest
 from rose_ray.stores.runs import last_run

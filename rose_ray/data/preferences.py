@@ -67,6 +67,7 @@ def read_pairs(
     subtask_field: str | None = None,
     subtask_blocks: int | None = None,
     shots: int | None = None,
+    checked: bool = True,
 ) -> list[PreferencePair]:
     """Read pairs, in file order.
 
@@ -82,6 +83,7 @@ def read_pairs(
         subtask_field: Key of the record that names its subtask.
         subtask_blocks: The one file holds that many subtasks, block_00, block_01 and so on, of equal size.
         shots: As in `take_shots`.
+        checked: False to get pairs as well that `check_pairs` refuses.
 
     Raises:
         ConfigError: Subtasks are named in more than one way, or a file has no entry in ``subtasks_by_file``.
@@ -111,7 +113,8 @@ def read_pairs(
         PreferencePair(pair_id, name, **vars(record.content))
         for pair_id, name, record in zip(ids, names, records, strict=True)
     ]
-    check_pairs(pairs, target=target, places=[record.where for record in records])
+    if checked:
+        check_pairs(pairs, target=target, places=[record.where for record in records])
     return take_shots(pairs, shots, target=target)
 
 

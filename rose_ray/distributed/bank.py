@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +15,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import BankActor
 from rose_ray.distributed.gang import GangBank, released_gangs
 from rose_ray.distributed.job import FeatureSet, Job
-from rose_ray.stages.bank import BANK_VERSION
+from rose_ray.stages.bank import BANK_VERSION, pairs_digest
 from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
@@ -170,7 +168,7 @@ def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferenceP
     official = target.encoding == "rose_official"
     return {
         **job.encoding(),
-        "pairs": hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest(),
+        "pairs": pairs_digest(pairs),
         "encoding": target.encoding,
         "official": [target.official_cut, target.dpo_beta] if official else None,
     }

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.target import TargetConfig
-from rose_ray.errors import AccountingError, StoreError
+from rose_ray.errors import AccountingError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
 from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate, passed_over
@@ -29,7 +29,8 @@ from rose_ray.stages.select import (
     with_conversations,
     with_records,
 )
-from rose_ray.stores.features import checkpoint_file, find_shard, read_shard_features
+from rose_ray.stages.shard_rows import read_shard_rows
+from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.read_ahead import depth_for, read_ahead
 from rose_ray.stores.spool import PlacedSpool
@@ -83,7 +84,7 @@ def score_targets(
         scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
     with ExitStack() as stack:
         tables = [stack.enter_context(ScoreTable(scorer.subtasks)) for scorer in scorers]
-        score_shards(_reported(_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
+        score_shards(_reported(read_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
         return [
             _commit_scores(workspace, pool, features, plan, scorer, table, started)
             for plan, scorer, table in zip(plans, scorers, tables, strict=True)
@@ -121,27 +122,6 @@ def _commit_scores(
     return commit_artefact(
         workspace, "score", plan.made_from, files, counts, facts, started=started, folder=plan.folder
     )
-
-
-def _shard_rows(workspace: Workspace, pool: Manifest, features_key: str, names: Sequence[str]) -> Iterator[ShardRows]:
-    skipped = skipped_rows(workspace, pool)
-    entries = pool.facts["shards"]
-
-    def receipt_of(entry: Mapping[str, Any]) -> Manifest:
-        receipt = find_shard(workspace, features_key, entry["shard"], skipped.get(entry["shard"], []))
-        if receipt is None:
-            raise StoreError(f"shard {entry['shard']} has no features. Run `rose-ray features` first.")
-        return receipt
-
-    def read(entry: Mapping[str, Any]) -> ShardRows:
-        receipt = receipt_of(entry)
-        table = read_pool_entry(workspace, pool, entry, columns=["row_id", "source"], skipped=skipped)
-        stored = read_shard_features(workspace, receipt, names)
-        return ShardRows(entry["shard"], table["row_id"], table["source"], stored)
-
-    fullest = max(entries, key=lambda entry: int(entry["num_rows"]))
-    depth = depth_for(receipt_of(fullest).num_bytes)
-    return read_ahead((functools.partial(read, entry) for entry in entries), depth)
 
 
 def _reported(shards: Iterable[ShardRows], pool: Manifest, board: Any) -> Iterator[ShardRows]:

@@ -11,10 +11,14 @@ from rose_ray.data.tasks.samples import read_samples
 from rose_ray.filesystem import expand
 
 
-def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
+def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[PreferencePair]:
     """Read and check all pairs of a target.
 
     Shots are counted in pairs; of a task in labelled rows, whose pairs stay together.
+
+    Args:
+        target: Names the files.
+        checked: False to get pairs as well that `check_pairs` refuses.
 
     Raises:
         DataError: A file cannot be read.
@@ -31,12 +35,14 @@ def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
                 subtask=entry.subtask,
                 subtask_field=entry.subtask_field,
                 subtask_blocks=entry.subtask_blocks,
+                checked=checked,
             )
             continue
         for made in _task_pairs(entry, entry.task, target.name):
             pairs.append(made.pair)
             shots[made.pair.pair_id] = made.shot
-    check_pairs(pairs, target=target.name)
+    if checked:
+        check_pairs(pairs, target=target.name)
     return take_shots(pairs, target.shots, target=target.name, shot_of=shots)
 
 
