@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.config.task import TaskInput
+from rose_ray.data.conversation import Message
 from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
-from rose_ray.data.tasks.pairs import TaskPair, read_task_pairs
+from rose_ray.data.tasks.pairs import TaskPair, read_questions, read_task_pairs
 from rose_ray.data.tasks.rows import TaskSpec
 from rose_ray.data.tasks.samples import read_samples
+from rose_ray.errors import ConfigError, PairError
 from rose_ray.filesystem import expand
 
 
@@ -55,6 +57,34 @@ def _task_pairs(entry: PairInput, task: TaskInput, target: str) -> list[TaskPair
         subtask_field=entry.subtask_field,
         samples=read_samples(expand(task.samples)) if task.samples else None,
     )
+
+
+def target_questions(target: TargetConfig) -> dict[str, tuple[Message, ...]]:
+    """Return the prompts of a target's rows of kind ``exact_answer`` by row id: what a model may be asked.
+
+    Raises:
+        ConfigError: It has none.
+        DataError: A file cannot be read, or rows do not fit.
+    """
+    questions: dict[str, tuple[Message, ...]] = {}
+    for entry in target.pairs:
+        if entry.task is None or entry.task.kind != "exact_answer":
+            continue
+        found = read_questions(
+            expand(entry.files),
+            task_spec(entry.task),
+            target=target.name,
+            subtask=entry.subtask,
+            subtask_field=entry.subtask_field,
+        )
+        if twice := sorted(set(found) & set(questions)):
+            raise PairError(
+                f"target {target.name}: the row id {twice[0]!r} stands in two of its inputs. Mend the files."
+            )
+        questions |= found
+    if not questions:
+        raise ConfigError(f"target {target.name}: no input with task kind exact_answer, so nothing to ask a model.")
+    return questions
 
 
 def task_spec(task: TaskInput) -> TaskSpec:

@@ -65,9 +65,7 @@ def read_task_pairs(
         DataError: A file cannot be read.
         PairError: Rows that do not fit the kind of task, name no subtask, or give no pair. Files and rows are named.
     """
-    rows = [
-        replace(row, subtask=subtask or _subtask(row, subtask_field, target)) for row in read_task_rows(locations, task)
-    ]
+    rows = _named_rows(locations, task, target, subtask, subtask_field)
     problems: list[str] = []
     pairs: list[TaskPair] = []
     others = _Others(rows, task)
@@ -93,6 +91,29 @@ def read_task_pairs(
     if num_right:
         _log.info("target %s: %d of %d rows give no pair, for no sample is wrong", target, num_right, len(rows))
     return pairs
+
+
+def read_questions(
+    locations: Sequence[Location],
+    task: TaskSpec,
+    *,
+    target: str,
+    subtask: str | None = None,
+    subtask_field: str | None = None,
+) -> dict[str, tuple[Message, ...]]:
+    """Return the prompt of every labelled row by its id. Arguments and errors are those of `read_task_pairs`."""
+    questions: dict[str, tuple[Message, ...]] = {}
+    for row in _named_rows(locations, task, target, subtask, subtask_field):
+        if row.row_id in questions:
+            raise PairError(f"target {target}: {row.where}: the id {row.row_id!r} stands twice. Mend the file.")
+        questions[row.row_id] = (Message("user", task_prompt(row, task)),)
+    return questions
+
+
+def _named_rows(
+    locations: Sequence[Location], task: TaskSpec, target: str, subtask: str | None, field: str | None
+) -> list[TaskRow]:
+    return [replace(row, subtask=subtask or _subtask(row, field, target)) for row in read_task_rows(locations, task)]
 
 
 def task_prompt(row: TaskRow, task: TaskSpec) -> str:
