@@ -15,7 +15,7 @@ from rose_ray.data.words import ngrams, words
 
 
 class KnownTestText:
-    """Test texts, by their runs of words. Some 200 bytes a word.
+    """Test texts, by their runs of words. Some 150 bytes a word.
 
     Args:
         num_words: Length of a run.

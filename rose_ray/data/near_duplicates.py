@@ -40,7 +40,7 @@ class NearDuplicateFinder(ABC):
 
 
 class EqualWords(NearDuplicateFinder):
-    """Texts of equal words in equal order. Some 150 bytes a kept text."""
+    """Texts of equal words in equal order. Some 200 bytes a kept text."""
 
     def __init__(self) -> None:
         self._kept: dict[bytes, int] = {}
@@ -66,7 +66,7 @@ class SimilarShingles(NearDuplicateFinder):
     """Texts whose sets of word runs have a Jaccard similarity of at least ``threshold``, as MinHash estimates it.
 
     The estimate's standard error is sqrt(s (1 - s) / num_hashes) at similarity s: 0.035 at 0.8 with 128. Locality
-    sensitive hashing proposes, the estimate decides. A text shorter than a run is one run. Some kilobytes a kept text.
+    sensitive hashing proposes, the estimate decides. A text shorter than a run is one run. Some 6 kB a kept text.
 
     Args:
         threshold: Between 0 and 1.

@@ -37,6 +37,7 @@ from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
+from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stages.target_pairs import read_target_pairs
@@ -110,6 +111,7 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
 def _plan(job: Job, probe_rows: int) -> JobPlan:
     pool = ingest(job)
     check_selections(job.config, pool.facts["sources"])
+    check_test_text(job.config)
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     tokens, samples = _sampled(job, pool)
     lengths = _pair_lengths(job, pairs)
