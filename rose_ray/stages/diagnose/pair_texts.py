@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.data.text_overlap import similarity, words_of
+from rose_ray.data.text_overlap import similarity
+from rose_ray.data.words import words
 from rose_ray.kernels.sign_test import sign_test
 from rose_ray.stages.diagnose.findings import Finding, Severity
 
@@ -52,7 +53,7 @@ def _sides(pairs: Sequence[PreferencePair], limits: TextLimits) -> Iterator[Find
         elif pair.chosen.strip() == pair.rejected.strip():
             equal.append(pair.pair_id)
         else:
-            chosen, rejected = words_of(pair.chosen), words_of(pair.rejected)
+            chosen, rejected = words(pair.chosen), words(pair.rejected)
             if chosen == rejected:
                 same_words.append(pair.pair_id)
             elif (found := similarity(chosen, rejected, limits.similarity)) >= limits.similarity:
@@ -83,7 +84,7 @@ def _repeats(pairs: Sequence[PreferencePair]) -> Iterator[Finding]:
         yield Finding("repeated_ids", "error", f"{len(repeated)} ids stand more than once", advice, repeated)
     by_prompt: dict[_Words, dict[tuple[_Words, _Words], list[str]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
-        prompt, chosen, rejected = (tuple(words_of(text)) for text in (pair.raw_prompt, pair.chosen, pair.rejected))
+        prompt, chosen, rejected = (tuple(words(text)) for text in (pair.raw_prompt, pair.chosen, pair.rejected))
         by_prompt[prompt][chosen, rejected].append(pair.pair_id)
     same = [ids for answers in by_prompt.values() for ids in answers.values() if len(set(ids)) > 1]
     if same:
