@@ -1,0 +1,120 @@
+"""The methods that a target can be selected by: what each is called, may be told, and needs.
+
+``rose`` and ``less`` are the gradient pipeline. The others score rows by themselves, through
+`rose_ray.methods.interface.Method`; so does a user's own, named ``package.module:Class``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from rose_ray.config.numbers import with_floats
+from rose_ray.config.strict import Strict
+
+GRADIENT_METHODS = ("rose", "less")
+"""Methods that are the pipeline of warm-up, bank and features itself."""
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot do without.
+
+    Attributes:
+        pairs: The target's preference pairs; without them the target has one column, under its own name.
+        pool_statistics: A first pass over the whole pool. A pool that grows has other statistics, so every row is
+            scored again; without them only new files are.
+        model: The base model, in scoring actors.
+        warmup: The warm-up's checkpoints; implies ``model``.
+    """
+
+    pairs: bool = False
+    pool_statistics: bool = False
+    model: bool = False
+    warmup: bool = False
+
+
+class NoOptions(Strict):
+    """A method that has nothing to set."""
+
+
+class RandomOptions(Strict):
+    """Of ``random``."""
+
+    seed: int = Field(0, ge=0, description="Another seed, other rows.")
+    balance: Literal["none", "source"] = Field(
+        "none", description="Rows alike, or sources in turn, so that each gives as many rows as the smallest can."
+    )
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """One method that comes with rose_ray.
+
+    Attributes:
+        path: ``package.module:Class``.
+        options: What may stand in ``method_options``.
+        needs: Known here so that the YAML is checked without loading the method.
+    """
+
+    path: str
+    options: type[Strict]
+    needs: Needs
+
+
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "random": BuiltIn("rose_ray.methods.random_order:RandomOrder", RandomOptions, Needs()),
+}
+
+_Options = TypeVar("_Options", bound=Strict)
+
+
+def check_method_name(name: str) -> None:
+    """Refuse a name that stands for no method.
+
+    Raises:
+        ValueError: It is neither built in nor a path; the message has the near miss.
+    """
+    known = [*GRADIENT_METHODS, *BUILT_IN]
+    if name in known or _DOTTED.fullmatch(name):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    raise ValueError(f"unknown method {name!r}; {hint}, or package.module:Class for one of your own")
+
+
+def parse_options(method: str, options: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """Return a method's options, checked.
+
+    Args:
+        method: Name, for messages.
+        options: Their model.
+        given: What the YAML says.
+
+    Raises:
+        ValueError: An option is unknown, or its value does not fit; every problem is listed.
+    """
+    try:
+        return options.model_validate(with_floats(dict(given), options))
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(method, options, problem) for problem in error.errors())) from error
+
+
+def _explain(method: str, options: type[Strict], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(options.model_fields)
+        near = difflib.get_close_matches(key, known, n=1)
+        has = f"{method} has {', '.join(known)}" if known else f"{method} has no options"
+        return f"method_options: unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else has)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"method_options{f'.{key}' if key else ''}: {message}"
+    return f"method_options.{key}: {message}; found {problem.get('input')!r}"
