@@ -151,26 +151,40 @@ def check_pairs(pairs: Sequence[PreferencePair], *, target: str, places: Sequenc
         raise PairError(f"target {target}: {'; '.join(found)}. Remove or mend them.")
 
 
-def take_shots(pairs: Sequence[PreferencePair], shots: int | None, *, target: str) -> list[PreferencePair]:
-    """Return the first ``shots`` pairs of every subtask in the order given; all where None.
+def take_shots(
+    pairs: Sequence[PreferencePair],
+    shots: int | None,
+    *,
+    target: str,
+    shot_of: Mapping[str, str] | None = None,
+) -> list[PreferencePair]:
+    """Return the pairs of the first ``shots`` shots of every subtask in the order given; all where None.
+
+    Args:
+        pairs: To choose from.
+        shots: How many.
+        target: Name for messages.
+        shot_of: By pair id, where several pairs make one shot; a pair without an entry is one itself.
 
     Raises:
         PairError: A subtask has fewer.
     """
-    by_subtask: dict[str, list[PreferencePair]] = {}
-    for pair in pairs:
-        by_subtask.setdefault(pair.subtask, []).append(pair)
     if shots is None:
         return list(pairs)
     if shots < 1:
         raise ConfigError(f"target {target}: shots is {shots}, expected at least 1.")
+    by_subtask: dict[str, dict[tuple[bool, str], list[PreferencePair]]] = {}
+    for pair in pairs:
+        own = (shot_of or {}).get(pair.pair_id)
+        shot = (own is not None, own or pair.pair_id)
+        by_subtask.setdefault(pair.subtask, {}).setdefault(shot, []).append(pair)
     short = [f"{name!r} has {len(group)}" for name, group in by_subtask.items() if len(group) < shots]
     if short:
         raise PairError(
             f"target {target}: {shots} shots asked for, but subtask {', '.join(short[:_NUM_LISTED])}. "
             "Lower `shots` or add pairs."
         )
-    kept = {id(pair) for group in by_subtask.values() for pair in group[:shots]}
+    kept = {id(pair) for group in by_subtask.values() for shot in list(group.values())[:shots] for pair in shot}
     return [pair for pair in pairs if id(pair) in kept]
 
 
