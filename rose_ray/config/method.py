@@ -32,13 +32,20 @@ class Needs:
         pool_statistics: A first pass over the whole pool. A pool that grows has other statistics, so every row is
             scored again; without them only new files are.
         model: The base model, in scoring actors.
+        adapter: The model's empty adapter slot, to train it; implies ``model``. What `lora` says then counts.
         warmup: The warm-up's checkpoints; implies ``model``.
     """
 
     pairs: bool = False
     pool_statistics: bool = False
     model: bool = False
+    adapter: bool = False
     warmup: bool = False
+
+    @property
+    def any_model(self) -> bool:
+        """Whether the base model has to be loaded."""
+        return self.model or self.adapter or self.warmup
 
 
 class NoOptions(Strict):

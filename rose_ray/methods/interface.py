@@ -1,6 +1,6 @@
 """What a selection method is: the one interface, for those that come with rose_ray and for a user's own.
 
-A run tokenises the pool's rows with the base model's tokenizer, as for every method, and sets the same rows aside. Then,
+A run tokenises the pool's rows with the base model's tokenizer, whatever the method, and sets the same rows aside. Then,
 for each target::
 
     survey(rows of a shard, target)      on every shard, if the method needs the pool's statistics
@@ -22,7 +22,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,10 @@ from rose_ray.data.conversation import Conversation, parse_conversation
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.kernels.aggregation import subtask_order
-from rose_ray.model.checkpoint import Checkpoint
-from rose_ray.model.scoring import ScoringModel
+
+if TYPE_CHECKING:  # methods that look at text run in many processes, none of which should load torch
+    from rose_ray.model.checkpoint import Checkpoint
+    from rose_ray.model.scoring import ScoringModel
 
 Arrays = Mapping[str, NDArray[Any]]
 """What a method hands on."""
@@ -89,8 +91,8 @@ class Target:
     """What is to be helped.
 
     Attributes:
-        name: Of the target.
-        pairs: Its pairs, in order; empty where none are configured.
+        name: Of the target, for messages: it must not change a score.
+        pairs: Its pairs, in order; empty where the method does not need them.
     """
 
     name: str
@@ -141,13 +143,15 @@ Options = TypeVar("Options", bound=Strict)
 class Method(Generic[Options]):
     """One way to score rows for a target. Subclasses implement `score`, and what else they need.
 
-    Class attributes:
+    Attributes of the class:
         version: Raised whenever the same input would give other numbers: older scores are then not found.
         options_model: Strict pydantic model of what may stand in ``method_options``.
-        needs: What the run has to provide; an instance may set its own, where options decide.
+        survey_reads_pairs: Whether `survey` looks at the target's pairs; where not, targets share its results.
         columns: What the columns of `Scored.values` are. ``subtasks``; ``pairs``, of which the run takes the mean in
             each subtask and keeps the values themselves beside the score table; or ``one``, for a method that looks at
             no target: its score table has one column, under the target's name.
+        needs: What the run has to provide. An instance may set ``columns`` and ``needs`` of its own in ``__init__``,
+            where options decide.
 
     Args:
         options: Checked.
@@ -155,7 +159,8 @@ class Method(Generic[Options]):
 
     version: ClassVar[int] = 1
     options_model: ClassVar[type[Strict]]
-    columns: ClassVar[str] = "subtasks"
+    survey_reads_pairs: ClassVar[bool] = False
+    columns: str = "subtasks"
     needs: Needs = Needs()
 
     def __init__(self, options: Options) -> None:

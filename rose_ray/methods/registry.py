@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import fields
 from typing import Any
 
 from rose_ray.config.job import JobConfig
@@ -26,6 +27,10 @@ def method_of(target: TargetConfig) -> Method[Any]:
         method = kind(parse_options(name, kind.options_model, target.method_options))
     except ValueError as error:
         raise ConfigError(f"target {target.name}: {error}.") from error
+    if method.columns not in _COLUMNS:
+        raise ConfigError(
+            f"target {target.name}: method {name}: columns is {method.columns!r}; expected one of {', '.join(_COLUMNS)}"
+        )
     if method.needs.pairs and not target.pairs:
         raise ConfigError(f"target {target.name}: method {name} needs preference pairs: set `pairs`.")
     return method
@@ -39,13 +44,9 @@ def methods_of(config: JobConfig) -> dict[str, Method[Any]]:
 def needs_of(config: JobConfig) -> Needs:
     """Return what a job needs in all, its gradient targets included; raises as `method_of`."""
     needs = [method.needs for method in methods_of(config).values()]
-    gradients = bool(config.gradient_targets)
-    return Needs(
-        pairs=gradients or any(each.pairs for each in needs),
-        pool_statistics=any(each.pool_statistics for each in needs),
-        model=gradients or any(each.model or each.warmup for each in needs),
-        warmup=gradients or any(each.warmup for each in needs),
-    )
+    if config.gradient_targets:
+        needs.append(Needs(pairs=True, model=True, adapter=True, warmup=True))
+    return Needs(**{field.name: any(getattr(each, field.name) for each in needs) for field in fields(Needs)})
 
 
 def _found(path: str, target: str) -> type[Method[Any]]:
@@ -62,9 +63,6 @@ def _found(path: str, target: str) -> type[Method[Any]]:
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         found = "nothing of that name" if kind is None else f"{kind!r}"
         raise ConfigError(f"{where}: expected a subclass of rose_ray.methods.interface.Method, found {found}.")
-    if not hasattr(kind, "options_model") or kind.columns not in _COLUMNS:
-        raise ConfigError(
-            f"{where}: {class_name} needs options_model, a strict pydantic model, and columns, one of "
-            f"{', '.join(_COLUMNS)}; found columns {kind.columns!r}."
-        )
+    if not hasattr(kind, "options_model"):
+        raise ConfigError(f"{where}: {class_name} has no options_model: set it to a subclass of Strict.")
     return kind
