@@ -1,7 +1,7 @@
 """What a selection method is: the one interface, for those that come with rose_ray and for a user's own.
 
-A run tokenises the pool's rows with the base model's tokenizer, whatever the method, and sets the same rows aside. Then,
-for each target::
+A run tokenises the pool's rows with the base model's tokenizer, and whatever the method, the same rows are set aside.
+Then, for each target::
 
     survey(rows of a shard, target)      on every shard, if the method needs the pool's statistics
     merge(what the surveys returned)     once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from rose_ray.stores.workspace import FileRecord, Workspace
 
 LENGTHS, SURVEYS, SHARD_SCORES = "lengths", "surveys", "shard_scores"
 """Kinds: tokens of rows, parts of pool statistics, scores of a method."""
+
+_LOOKING_THREADS = 32  # they wait for storage, not for the processor
 
 
 def find_receipt(workspace: Workspace, kind: str, key: str, shard: str, skipped: Sequence[str]) -> Manifest | None:
@@ -34,6 +37,18 @@ def find_receipt(workspace: Workspace, kind: str, key: str, shard: str, skipped:
         return None
     before, now = set(receipt.facts["skipped"]), set(skipped)
     return receipt if (before == now if kind == SURVEYS else before <= now) else None
+
+
+def shards_without(
+    workspace: Workspace, kind: str, key: str, shards: Sequence[str], skipped: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return those of the shards that have no such receipt; ``skipped`` by shard."""
+
+    def lacks(shard: str) -> bool:
+        return find_receipt(workspace, kind, key, shard, skipped.get(shard, [])) is None
+
+    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
+        return [shard for shard, is_lacking in zip(shards, threads.map(lacks, shards), strict=True) if is_lacking]
 
 
 def commit_shard(
