@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from rose_ray.config.numbers import with_floats
 from rose_ray.config.strict import Strict
@@ -61,6 +61,68 @@ class RandomOptions(Strict):
     )
 
 
+class LengthOptions(Strict):
+    """Of ``length``."""
+
+    unit: Literal["answer_tokens", "tokens", "characters"] = Field(
+        "answer_tokens", description="Tokens that carry loss, or all, after cutting; or characters of all turns."
+    )
+
+
+class Bm25Options(Strict):
+    """Of ``bm25``."""
+
+    k1: float = Field(1.5, ge=0, description="How soon a word's repetitions stop to count.")
+    b: float = Field(0.75, ge=0, le=1, description="How much long rows are held back.")
+    target_text: Literal["prompt_and_chosen", "prompt", "chosen"] = Field(
+        "prompt_and_chosen", description="What of a pair is the query."
+    )
+    stopwords: Literal["english", "none"] = Field("english", description="Words that do not count.")
+
+
+class DsirOptions(Strict):
+    """Of ``dsir``."""
+
+    buckets: int = Field(10_000, ge=2, le=10_000_000, description="What n-grams are hashed into.")
+    sampling: Literal["gumbel_top_k", "top_k"] = Field(
+        "gumbel_top_k", description="Rows drawn by weight without replacement, or those of the highest weight."
+    )
+    seed: int = Field(0, ge=0, description="Of the draw.")
+    smoothing: Literal["laplace", "epsilon"] = Field(
+        "laplace",
+        description="1 added to every count, which a few pairs need; or 1e-8 to every probability, as released.",
+    )
+    target_text: Literal["prompt_and_chosen", "prompt", "chosen"] = Field(
+        "prompt_and_chosen", description="What of a pair is the target's text."
+    )
+
+
+class DeitaOptions(Strict):
+    """Of ``deita``."""
+
+    complexity_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Key of a record, dots for keys below, that holds its complexity: a number a turn.",
+    )
+    quality_field: str | None = Field(None, min_length=1, description="The same for its quality.")
+    scores_files: list[str] | None = Field(
+        None, min_length=1, description="Parquet files of row_id, complexity and quality, instead of keys of records."
+    )
+
+    @model_validator(mode="after")
+    def _has_scorers(self) -> DeitaOptions:
+        fields = [self.complexity_field, self.quality_field]
+        if self.scores_files is not None and any(fields):
+            raise ValueError("scores_files and fields of the record contradict each other: set one of them")
+        if self.scores_files is None and not all(fields):
+            raise ValueError(
+                "deita multiplies a complexity by a quality that trained scorers gave, and none are named: set "
+                "complexity_field and quality_field, or scores_files. It is not imitated without them"
+            )
+        return self
+
+
 @dataclass(frozen=True)
 class BuiltIn:
     """One method that comes with rose_ray.
@@ -78,6 +140,10 @@ class BuiltIn:
 
 BUILT_IN: Mapping[str, BuiltIn] = {
     "random": BuiltIn("rose_ray.methods.random_order:RandomOrder", RandomOptions, Needs()),
+    "length": BuiltIn("rose_ray.methods.length:Length", LengthOptions, Needs()),
+    "bm25": BuiltIn("rose_ray.methods.bm25:Bm25", Bm25Options, Needs(pairs=True, pool_statistics=True)),
+    "deita": BuiltIn("rose_ray.methods.deita:Deita", DeitaOptions, Needs()),
+    "dsir": BuiltIn("rose_ray.methods.dsir:Dsir", DsirOptions, Needs(pairs=True, pool_statistics=True)),
 }
 
 _Options = TypeVar("_Options", bound=Strict)
