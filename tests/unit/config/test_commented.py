@@ -26,8 +26,9 @@ def test_it_is_a_job_of_defaults() -> None:
 def test_every_key_stands_in_it_with_its_description() -> None:
     text = commented_yaml()
     for model in MODELS:
-        if model in (TrainingSetConfig, JointSelectionConfig):  # left out by default: there as one key
-            continue
+        apart = ("rose_ray.config.evaluation", "rose_ray.config.judge")
+        if model in (TrainingSetConfig, JointSelectionConfig) or model.__module__ in apart:
+            continue  # left out by default: there as one key
         for name, field in model.model_fields.items():
             assert re.search(rf"^ *(- |# )?{name}:", text, re.MULTILINE), name
             assert f"# {field.description}\n" in text, name
