@@ -16,6 +16,7 @@ from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import ConfigError
 from rose_ray.evaluate.fine_tune import FINE_TUNE_VERSION
+from rose_ray.kernels.budget import Budget, budget_count
 from rose_ray.model.describe import ModelIdentity
 from rose_ray.stages.warmup import seeded_order
 from rose_ray.stores.manifest import artefact_key
@@ -150,14 +151,12 @@ def plan_trials(
     if ZERO_SHOT in config.references:
         trials.append(Trial(ZERO_SHOT, None, 0, None, planner.untrained()))
     for seed in config.seeds if RANDOM in config.references else []:
-        order = seeded_order(population, f"evaluation-random-{seed}")
         for budget, size in sizes.items():
-            trials.append(Trial(RANDOM, budget, size, seed, planner.on_rows(order[:size], seed)))
+            rows = random_rows(population, seed, size)
+            trials.append(Trial(RANDOM, budget, size, seed, planner.on_rows(rows, seed)))
     for arm, chosen in selections.items():
         for budget, row_ids in chosen.items():
-            trials += [
-                Trial(arm, budget, len(row_ids), seed, planner.on_rows(row_ids, seed)) for seed in config.seeds
-            ]
+            trials += [Trial(arm, budget, len(row_ids), seed, planner.on_rows(row_ids, seed)) for seed in config.seeds]
     if FULL in config.references:
         size = len(population)
         trials += [Trial(FULL, 1.0, size, seed, planner.on_rows(population, seed)) for seed in config.seeds]
@@ -168,6 +167,11 @@ def plan_trials(
         for seed in config.seeds
         for trial in [_control(planner, control, arm, seed, selections[arm], pairs[arm])]
     ]
+
+
+def random_rows(population: Sequence[str], seed: int, size: int) -> list[str]:
+    """Return random rows of the pool; those of a larger size hold those of a smaller one."""
+    return seeded_order(population, f"evaluation-random-{seed}")[:size]
 
 
 def _control(
@@ -209,7 +213,7 @@ def budget_sizes(config: EvaluationConfig, num_pool_rows: int, num_scored: int) 
     Raises:
         ConfigError: A count, or a share of a pool with rejected rows, is above what was scored.
     """
-    sizes = {share: max(1, round(share * num_pool_rows)) if share < 1 else num_scored for share in config.budgets}
+    sizes = {share: num_scored if share == 1 else _rows(share, num_pool_rows) for share in config.budgets}
     above = [str(count) for count in config.counts if count > num_scored]
     above += [f"{share} ({size} rows)" for share, size in sizes.items() if size > num_scored]
     if above:
@@ -221,6 +225,12 @@ def budget_sizes(config: EvaluationConfig, num_pool_rows: int, num_scored: int) 
     return dict(sorted(sizes.items()))
 
 
+def _rows(share: float, num_pool_rows: int) -> int:
+    count = budget_count(Budget(fraction=share), num_pool_rows)
+    assert count is not None
+    return count
+
+
 def row_set_digest(row_ids: Sequence[str]) -> str:
     """Return a digest of a set of row ids, whatever their order."""
     return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
@@ -230,4 +240,3 @@ def pairs_digest(pairs: Sequence[PreferencePair]) -> str:
     """Return a digest of pairs in their order."""
     content = [[p.pair_id, [[m.role, m.content] for m in p.prompt], p.chosen, p.rejected, p.tools] for p in pairs]
     return artefact_key({"pairs": content})
-

@@ -114,6 +114,30 @@ def unit_estimate(
     return _interval(value, found, resampling.level)
 
 
+def crossed_estimate(
+    num_seeds: int,
+    num_items: int,
+    statistic: Callable[[NDArray[np.int64], NDArray[np.int64]], float],
+    resampling: Resampling,
+) -> Estimate:
+    """A statistic of a table of seeds by items, with an interval over both, drawn as in :func:`mean_estimate`.
+
+    Args:
+        num_seeds, num_items: S and N.
+        statistic: Gets the seeds and the items taken, some of them several times.
+        resampling: R, level, seed.
+    """
+    value = statistic(np.arange(num_seeds), np.arange(num_items))
+    if num_seeds * num_items == 1:
+        return Estimate(value, None, None)
+    random = np.random.default_rng(resampling.seed)
+    drawn = [
+        statistic(random.integers(0, num_seeds, num_seeds), random.integers(0, num_items, num_items))
+        for _ in range(resampling.num_resamples)
+    ]
+    return _interval(value, np.array(drawn), resampling.level)
+
+
 def _interval(value: float, resampled_R: NDArray[np.float64], level: float) -> Estimate:
     low, high = np.quantile(resampled_R, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))

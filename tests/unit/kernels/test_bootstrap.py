@@ -7,7 +7,7 @@ import pytest
 
 from rose_ray.errors import ConfigError, NonFiniteError, ShapeError
 from rose_ray.kernels import bootstrap
-from rose_ray.kernels.bootstrap import Resampling, mean_estimate, unit_estimate
+from rose_ray.kernels.bootstrap import Resampling, crossed_estimate, mean_estimate, unit_estimate
 
 FLOAT64_ROUNDING = 1e-12  # sums of a few dozen numbers of order 1
 
@@ -76,6 +76,16 @@ def test_units_are_resampled_whole() -> None:
     assert seen[0] == (0, 1, 2) and len(seen) == 201
     expected = np.quantile([values[list(taken)].mean() for taken in seen[1:]], [0.025, 0.975])
     assert (estimate.low, estimate.high) == tuple(expected)
+
+
+def test_a_statistic_of_a_table_has_the_interval_of_its_mean() -> None:
+    values = np.random.default_rng(2).normal(size=(3, 50))
+    mean = mean_estimate(values, Resampling(2000, 0.9, 0))
+    other = crossed_estimate(3, 50, lambda s, i: float(values[np.ix_(s, i)].mean()), Resampling(2000, 0.9, 1))
+    assert other.value == pytest.approx(mean.value, abs=FLOAT64_ROUNDING)
+    # Other draws of the same distribution; with 2,000 of them an end wanders by some 0.01.
+    assert (other.low, other.high) == (pytest.approx(mean.low, abs=0.04), pytest.approx(mean.high, abs=0.04))
+    assert crossed_estimate(1, 1, lambda s, i: 3.0, Resampling()).low is None
 
 
 def test_undefined_statistics() -> None:
