@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rose_ray.cli.app import Config, Set, app, reported
+from rose_ray.cli.app import Config, Set, Target, app, reported
 
 
 @app.command()
@@ -30,3 +30,29 @@ def evaluate(
         typer.echo(line)
     if failed:
         raise RoseError("not all was done; the table holds the rest:\n  " + "\n  ".join(failed))
+
+
+@app.command()
+@reported
+def correlate(config: Config, overrides: Set = None) -> None:
+    """Say which loss follows margin and win rate across the models that `evaluate` trained."""
+    from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from rose_ray.distributed.evaluate import correlate_lines
+
+    for line in correlate_lines(loaded):
+        typer.echo(line)
+
+
+@app.command()
+@reported
+def lds(config: Config, target: Target, overrides: Set = None) -> None:
+    """Train on random subsets and say how well the sums of a target's scores rank what they gained."""
+    from rose_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from rose_ray.distributed.lds import run_lds
+
+    for line in run_lds(loaded, target):
+        typer.echo(line)

@@ -90,8 +90,8 @@ class ChatTemplate:
             spans.append(self._span(messages, turn, upto, tools))
         return RenderedChat(full, tuple(spans))
 
-    def prompt_text(self, messages: Sequence[Message], tools: str | None = None) -> str:
-        """Return what the model is given to answer: the conversation so far and the header of the answer.
+    def prompt(self, messages: Sequence[Message], tools: str | None = None) -> str:
+        """Return the text that the model answers: the turns, and the header of its own.
 
         Raises:
             RowError: ``template_failed``.

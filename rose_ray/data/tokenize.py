@@ -69,7 +69,7 @@ class Tokeniser:
 
     def encode_prompt(self, prompt: Sequence[Message], tools: str | None = None) -> list[int]:
         """Return the token ids after which the model answers; of too long a prompt the last ``max_tokens``."""
-        ids: list[int] = self.tokenizer(self.template.prompt_text(prompt, tools), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.template.prompt(prompt, tools), add_special_tokens=False)["input_ids"]
         return ids[-self.max_tokens :]
 
     def _sample(self, chat: RenderedChat) -> Sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ import ray
 
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
-from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.judging import judge_all
 from rose_ray.distributed.resources import granted_resources
@@ -24,8 +25,9 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE, select_target
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
+from rose_ray.evaluate.correlate import association_lines, association_records, associations
 from rose_ray.evaluate.index import Index, make_index, read_index, write_index
-from rose_ray.evaluate.report import REPORT_FOLDER, write_report
+from rose_ray.evaluate.report import REPORT_FOLDER, reader, write_report
 from rose_ray.evaluate.trials import (
     RANDOM,
     Training,
@@ -37,10 +39,12 @@ from rose_ray.evaluate.trials import (
     row_set_digest,
     with_parents,
 )
-from rose_ray.evaluate.work import Workbench, store_rows, work_on
-from rose_ray.model.base import with_absolute_paths
+from rose_ray.evaluate.work import Workbench, store_rows, training_lengths, work_on
 from rose_ray.model.describe import ModelIdentity, describe_model
+from rose_ray.model.tokenizer import with_absolute_paths
+from rose_ray.stages.clean import ContaminationSources, contamination_sources
 from rose_ray.stages.select import SELECT_VERSION
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import opened
 from rose_ray.stores.manifest import Manifest, artefact_key, find_manifest
 from rose_ray.stores.workspace import Workspace
@@ -199,6 +203,22 @@ def report_lines(config: JobConfig) -> list[str]:
     return [*lines, f"{where}: table.txt, table.csv, table.json, curves as SVG"]
 
 
+def correlate_lines(config: JobConfig) -> list[str]:
+    """Correlate losses with outcomes across the models of an evaluation; write ``correlations.json`` beside the table.
+
+    Raises:
+        StoreError: Too few models were evaluated, or their numbers are missing or altered.
+    """
+    settings = evaluation_config(config)
+    with opened(config.workspace, config.lease.term) as workspace:
+        index = read_index(workspace)
+        lengths = training_lengths(workspace, {entry.model for entry in index.entries})
+        found = associations(index, settings, reader(workspace), lengths)
+        text = json.dumps(association_records(found), indent=1) + "\n"
+        workspace.write(f"{REPORT_FOLDER}/correlations.json", text.encode())
+    return list(association_lines(found, settings.intervals.level))
+
+
 def _failed(trial: Trial, failures: Mapping[str, str]) -> str:
     rows = f"{trial.num_rows:,} rows, seed {trial.seed}"
     return f"{trial.arm} ({rows}) has no numbers: {failures[trial.training.key]}"
@@ -224,23 +244,33 @@ def _selections(evaluation: Evaluation) -> dict[str, dict[float, list[str]]]:
 def _selected(evaluation: Evaluation, arm: str, size: int) -> Any:
     target = next(target for target in evaluation.job.config.targets if target.name == arm)
     selection = target.selection.model_copy(update={"fraction": None, "tokens": None, "count": size})
-    return evaluation.job.task(
-        selected_row_ids, evaluation.bench.workspace, evaluation.bench.pool, evaluation.scores[arm], arm, selection
-    )
+    bench = evaluation.bench
+    sources = contamination_sources(selection, bench.pairs[arm])
+    arguments = (bench.workspace, bench.pool, evaluation.scores[arm], arm, selection, sources)
+    return evaluation.job.task(selected_row_ids, *arguments)
 
 
-def selected_row_ids(workspace: Workspace, pool: Manifest, scores: Manifest, arm: str, selection: Any) -> list[str]:
+def selected_row_ids(
+    workspace: Workspace,
+    pool: Manifest,
+    scores: Manifest,
+    arm: str,
+    selection: SelectionConfig,
+    sources: ContaminationSources | None,
+) -> list[str]:
     """Select as `run` does, under ``evaluation/selections``, and return the row ids in order of choice."""
-    made_from = {
+    made_from: dict[str, Any] = {
         "stage": "select",
         "version": SELECT_VERSION,
         "scores": [scores.key],
         "targets": [arm],
-        "selection": selection.model_dump(mode="json"),
+        "selection": selection.identity(),
     }
+    if sources is not None:
+        made_from["test_text"] = sources.identity()
     folder = f"evaluation/selections/{arm}/{artefact_key(made_from)}"
     found = find_manifest(workspace, folder)
-    chosen = found or select_target(workspace, pool, [scores], arm, selection, made_from, folder)
+    chosen = found or select_target(workspace, pool, [scores], arm, selection, made_from, folder, sources)
     record = chosen.file(SELECTED_FILE)
     row_ids: list[str] = workspace.read_table(record.path, record, columns=["row_id"])["row_id"].to_pylist()
     return row_ids

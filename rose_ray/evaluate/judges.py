@@ -17,7 +17,8 @@ from rose_ray.errors import JudgeError, ModelError, RowError
 from rose_ray.evaluate.fine_tune import answer_logps
 from rose_ray.kernels.rouge import rouge_l
 from rose_ray.kernels.win_rate import Preference
-from rose_ray.model.base import base_digest, load_base, load_tokeniser, resolve_base
+from rose_ray.model.base import base_digest, load_base
+from rose_ray.model.tokenizer import load_tokeniser, resolve_base
 
 JUDGE_VERSION = 1
 """Raised whenever a judge would say something else of the same answers."""

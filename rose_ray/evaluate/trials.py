@@ -18,6 +18,7 @@ from rose_ray.errors import ConfigError
 from rose_ray.evaluate.fine_tune import FINE_TUNE_VERSION
 from rose_ray.kernels.budget import Budget, budget_count
 from rose_ray.model.describe import ModelIdentity
+from rose_ray.stages.bank import pairs_digest
 from rose_ray.stages.warmup import seeded_order
 from rose_ray.stores.manifest import artefact_key
 
@@ -234,9 +235,3 @@ def _rows(share: float, num_pool_rows: int) -> int:
 def row_set_digest(row_ids: Sequence[str]) -> str:
     """Return a digest of a set of row ids, whatever their order."""
     return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
-
-
-def pairs_digest(pairs: Sequence[PreferencePair]) -> str:
-    """Return a digest of pairs in their order."""
-    content = [[p.pair_id, [[m.role, m.content] for m in p.prompt], p.chosen, p.rejected, p.tools] for p in pairs]
-    return artefact_key({"pairs": content})

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,8 @@ from rose_ray.evaluate.benchmarks import Benchmark
 from rose_ray.evaluate.fine_tune import fresh_model, set_adapter, train_on_pairs, train_on_rows
 from rose_ray.evaluate.measures import MEASURE_VERSION, Item, measure
 from rose_ray.evaluate.trials import MODELS_FOLDER, Training, row_set_digest
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest, read_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
@@ -156,6 +156,16 @@ def stored_adapter(workspace: Workspace, key: str) -> dict[str, torch.Tensor]:
     """
     record = read_manifest(workspace, f"{MODELS_FOLDER}/{key}").file(ADAPTER_FILE)
     return safetensors.torch.load(workspace.read(record.path, record))
+
+
+def training_lengths(workspace: Workspace, keys: Iterable[str]) -> dict[str, float]:
+    """Return the mean labelled tokens of the rows each model was trained on, for models on rows that are still there."""
+    lengths = {}
+    for key in sorted(keys):
+        manifest = find_manifest(workspace, f"{MODELS_FOLDER}/{key}")
+        if manifest is not None and manifest.counts.get("used"):
+            lengths[key] = manifest.counts["labelled_tokens"] / manifest.counts["used"]
+    return lengths
 
 
 def _train(bench: Workbench, training: Training, model: PeftModel, tokeniser: Tokeniser) -> None:

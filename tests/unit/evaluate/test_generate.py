@@ -11,7 +11,7 @@ from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Message
 from rose_ray.evaluate.fine_tune import fresh_model
 from rose_ray.evaluate.generate import greedy_answers
-from rose_ray.model.base import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 10_000])

@@ -15,7 +15,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import AccountingError, JudgeError, ModelError, RowError
 from rose_ray.evaluate.judges import Comparison, LocalJudge, RewardModel, Ruling, ScoreJudge, load_judge, preference_of
 from rose_ray.evaluate.judging import judge_answers, judge_numbers, judge_pair, read_verdicts, verdict_folder
-from rose_ray.model.base import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
 from tests.tiny import byte_level_tokenizer, tiny_config
