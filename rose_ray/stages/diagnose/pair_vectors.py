@@ -111,9 +111,11 @@ def _conflicts(bank: StoredBank) -> Iterator[Finding]:
     noise = "" if "exact/" in bank.manifest.made_from["space"]["projection"] else f", known to +-{dim**-0.5:.3f}"
     message = (
         f"{len(against)} of {len(known)} pairs point away from the rest of their subtask, lowest cosine "
-        f"{cosines_V[against[0]]:+.3f}{noise}"
+        f"{cosines_V[against[0]]:+.3f}, median {float(np.median(cosines_V[known])):+.3f}{noise}"
     )
     advice = "Look at them: a wrong label, another task, or a subtask that should be two."
+    if 2 * len(against) >= len(known):
+        advice = "As many point away as not: they have hardly a direction in common. See `rose-ray shots`; add pairs."
     numbers = {"cosine_with_rest": {names[v]: float(cosines_V[v]) for v in known}}
     yield Finding("conflicting_pairs", "warning", message, advice, tuple(names[v] for v in against), numbers)
 

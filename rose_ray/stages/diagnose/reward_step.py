@@ -177,6 +177,8 @@ class CheckpointFit:
         checkpoint: Its name.
         slope: Influences against measured slopes per unit of step and of the pair's direction.
         largest_error: Largest difference of the two; both are cosines, so 2 would be the most.
+        linear: Measured slope times the step's length against the change over the checkpoint's own step: low where that
+            step is too long for a first-order forecast. Low ``slope`` alone is noise of projection and stored type.
         step: Foretold against measured change over the checkpoint's own step, of what the objective asks for.
         margin: Foretold change against that of the margin log p(chosen) - log p(rejected); the same for ``rose``.
         mean_foretold, mean_change: Means of the change over the own step, nats (or nats a token).
@@ -186,6 +188,7 @@ class CheckpointFit:
     checkpoint: str
     slope: Fit
     largest_error: float
+    linear: Fit
     step: Fit
     margin: Fit
     mean_foretold: float
@@ -249,6 +252,7 @@ def compare_steps(
         slopes_NV = _asked(objective, pairs, places, steps.slopes_NV2) / lengths_V
         foretold_NV = steps.learning_rate * norms_N[:, None] * lengths_V * influences_NV
         changes_NV = _asked(objective, pairs, places, steps.changes_NV2)
+        straight_NV = steps.learning_rate * norms_N[:, None] * lengths_V * slopes_NV
         margins_NV = steps.changes_NV2[..., 0] - steps.changes_NV2[..., 1]
         hopeful = foretold_NV > 0
         disagreement = max(disagreement, float(np.abs(steps.norms_N / norms_N - 1).max()))
@@ -257,6 +261,7 @@ def compare_steps(
                 name,
                 _fit(influences_NV, slopes_NV),
                 float(np.abs(influences_NV - slopes_NV).max()),
+                _fit(straight_NV, changes_NV),
                 _fit(foretold_NV, changes_NV),
                 _fit(foretold_NV, margins_NV),
                 float(foretold_NV.mean()),
@@ -289,11 +294,14 @@ def reward_step_lines(report: RewardStepReport) -> Iterator[str]:
     )
     yield (f"  lengths of the directions differ from the stored ones by at most {report.norms_agree:.1e} of them")
     yield "  foretold against measured: Pearson / Spearman"
-    yield f"  {'checkpoint':<14} {'influence, slope':>18} {'largest error':>14} {'own step':>15} {'its margin':>15}"
+    yield (
+        f"  {'checkpoint':<14} {'influence, slope':>18} {'largest error':>14} {'slope, own step':>16} "
+        f"{'forecast of it':>15} {'of the margin':>15}"
+    )
     for each in report.checkpoints:
         yield (
-            f"  {each.checkpoint:<14} {_shown(each.slope):>18} {each.largest_error:>14.4f} {_shown(each.step):>15} "
-            f"{_shown(each.margin):>15}"
+            f"  {each.checkpoint:<14} {_shown(each.slope):>18} {each.largest_error:>14.4f} {_shown(each.linear):>16} "
+            f"{_shown(each.step):>15} {_shown(each.margin):>15}"
         )
     for each in report.checkpoints:
         raised = "" if each.raised is None else f"; the margin rose in {each.raised:.0%} of the cases where it should"

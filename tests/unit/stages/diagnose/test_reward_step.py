@@ -149,6 +149,8 @@ def test_comparison_by_hand(tmp_path: Path) -> None:
     changes = 0.5 * np.array([1.5, 1.0, 3.0, 0.0])
     assert first.step.pearson == pytest.approx(np.corrcoef(foretold, changes)[0, 1])
     assert first.margin == first.step
+    straight = 0.1 * np.array([2 * 1.5, 2 * 1.0, 5 * 3.0, 0.0])
+    assert first.linear.pearson == pytest.approx(np.corrcoef(straight, changes)[0, 1])
     assert first.mean_foretold == pytest.approx(foretold.mean()) and first.mean_change == pytest.approx(changes.mean())
     assert first.raised == 1.0
     assert report.norms_agree == pytest.approx(1 / 5) and report.pair_ids == ("p0", "p1")
