@@ -64,9 +64,7 @@ def lds_result(
     overall = unit_estimate(
         len(foretold_S), lambda taken_S: spearman(foretold_S[taken_S], measured_S[taken_S]), resampling
     )
-    by_pair = datamodel_score(
-        foretold_S, margins_SQ, num_resamples=resampling.num_resamples, seed=resampling.seed
-    )
+    by_pair = datamodel_score(foretold_S, margins_SQ, num_resamples=resampling.num_resamples, seed=resampling.seed)
     return LdsResult(benchmark, overall, by_pair, foretold_S, measured_S)
 
 

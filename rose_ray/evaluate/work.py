@@ -159,7 +159,7 @@ def stored_adapter(workspace: Workspace, key: str) -> dict[str, torch.Tensor]:
 
 
 def training_lengths(workspace: Workspace, keys: Iterable[str]) -> dict[str, float]:
-    """Return the mean labelled tokens of the rows each model was trained on, for models on rows that are still there."""
+    """Return the mean labelled tokens of the rows each model was trained on; other models are left out."""
     lengths = {}
     for key in sorted(keys):
         manifest = find_manifest(workspace, f"{MODELS_FOLDER}/{key}")

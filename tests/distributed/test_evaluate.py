@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rose_ray.config import JobConfig
-from rose_ray.errors import ConfigError, PairError
+from rose_ray.errors import ConfigError, PairError, StoreError
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.tiny import tiny_job
 from tests.tiny import make_pair_rows, write_jsonl
@@ -110,3 +110,26 @@ def test_a_training_that_diverges_is_a_missing_seed(
     text = "\n".join(report_lines(config))
     assert "select_then_dpo:alpha at 10 %: 0 of 2 seeds measured" in text
     assert [entry.failure != "" for entry in index.entries] == [False, False, False, True, True]
+
+
+def test_losses_are_correlated_and_scores_summed(finished: FinishedJob, copied: Path) -> None:
+    from rose_ray.distributed.evaluate import correlate_lines, run_evaluation
+    from rose_ray.distributed.lds import run_lds
+
+    config = evaluated_job(finished, copied, controls=[], tasks=[], lds={"subsets": 4, "fraction": 0.2})
+    with pytest.raises(StoreError, match="nothing was evaluated here"):
+        correlate_lines(config)
+    run_evaluation(config)
+    text = "\n".join(correlate_lines(config))
+    # the untrained model, random and selected rows at two budgets and two seeds, the whole pool at two
+    assert "ce_chosen" in text and "win_rate overlap" in text and "(11 models of 6 rows)" in text
+    lines = run_lds(config, "alpha")
+    assert "4 random subsets of 14 rows" in lines[0] and "own pairs of alpha" in lines[1] and "unseen" in lines[2]
+    content = json.loads((copied / "evaluation/report/lds-alpha.json").read_text())
+    assert len(content["results"][0]["measured"]) == 4
+    assert run_lds(config, "alpha") == lines
+    with pytest.raises(ConfigError, match=r"no target 'gamma'; the configuration has \['alpha', 'beta'\]"):
+        run_lds(config, "gamma")
+    whole = evaluated_job(finished, copied, controls=[], tasks=[], lds={"subsets": 4, "fraction": 1.0})
+    with pytest.raises(ConfigError, match="are the whole pool of"):
+        run_lds(whole, "alpha")

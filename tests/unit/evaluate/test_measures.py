@@ -19,8 +19,8 @@ from rose_ray.evaluate.benchmarks import Benchmark, Question, answers_benchmark,
 from rose_ray.evaluate.fine_tune import fresh_model, set_adapter
 from rose_ray.evaluate.measures import is_correct, measure, pair_values, question_values
 from rose_ray.filesystem import locate
-from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.model.layout import adapter_parameters
+from rose_ray.model.tokenizer import load_tokeniser
 from tests.tiny import make_pair_rows, write_jsonl
 
 FLOAT32_SUM = 1e-3  # sums of up to some 60 float32 log-probabilities of order 10

@@ -22,8 +22,8 @@ from rose_ray.evaluate.index import Index, make_index, read_index, write_index
 from rose_ray.evaluate.trials import TrainingPlanner, Trial
 from rose_ray.evaluate.work import Workbench, pool_texts, read_items, store_rows, stored_adapter, work_on
 from rose_ray.filesystem import locate
-from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.model.describe import describe_model
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
 from rose_ray.stages.pool import pool_row_ids, settle_pool
 from rose_ray.stores.manifest import read_manifest
