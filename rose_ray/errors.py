@@ -17,6 +17,8 @@
     ├── NumericsError        a number that cannot be used
     │   ├── NonFiniteError       NaN or infinity
     │   └── ShapeError           tensor shapes disagree
+    ├── JudgeError           a judge gives no usable verdict
+    │   └── TokenBudgetError     what it may cost is spent
     ├── ResourceError        the cluster cannot give what was asked for
     └── AccountingError      rows went missing or appeared from nowhere
 
@@ -96,6 +98,14 @@ class NonFiniteError(NumericsError):
 
 class ShapeError(NumericsError):
     """Tensor shapes disagree."""
+
+
+class JudgeError(RoseError, RuntimeError):
+    """A judge cannot be reached, or what it says is no verdict."""
+
+
+class TokenBudgetError(JudgeError):
+    """A judge's token budget is spent; what was judged is kept."""
 
 
 class ResourceError(RoseError, RuntimeError):

@@ -44,6 +44,7 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "gradients.max_batch_tokens": (),
     "gradients.packing": (),
     "gradients.kernel": (),
+    "evaluation": (),
     "ray": (),
     "lease": (),
 }

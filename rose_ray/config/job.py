@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rose_ray.config.cluster import RayConfig
+from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.gradients import GradientConfig
 from rose_ray.config.lease import LeaseConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
@@ -33,6 +34,9 @@ class JobConfig(Strict):
     )
     warmup: WarmupConfig = Field(default_factory=WarmupConfig, description="The training that yields the checkpoints.")
     gradients: GradientConfig = Field(default_factory=GradientConfig, description="From gradient to feature.")
+    evaluation: EvaluationConfig | None = Field(
+        None, description="What `rose-ray evaluate` trains and measures; docs/evaluation.md."
+    )
     ray: RayConfig = Field(default_factory=RayConfig, description="Where the job runs.")
     lease: LeaseConfig = Field(default_factory=LeaseConfig, description="One run at a time on a workspace.")
 
@@ -48,6 +52,9 @@ class JobConfig(Strict):
             unknown = sorted(set(self.training_set.targets or []) - set(names))
             if unknown:
                 raise ValueError(f"training_set.targets: {unknown} are not among the targets {names}")
+        unknown = sorted(set((self.evaluation and self.evaluation.arms) or []) - set(names))
+        if unknown:
+            raise ValueError(f"evaluation.arms: {unknown} are not among the targets {names}")
         if self.gradients.packing and self.model.attention != "flash_attention_2":
             raise ValueError(
                 f"gradients.packing: only flash_attention_2 keeps packed rows apart without a mask of length squared; "

@@ -67,6 +67,11 @@ class Tokeniser:
         messages = [*prompt, Message("assistant", answer)]
         return self._sample(self.template.render(messages, tools, last_only=True))
 
+    def encode_prompt(self, prompt: Sequence[Message], tools: str | None = None) -> list[int]:
+        """Return the token ids after which the model answers; of too long a prompt the last ``max_tokens``."""
+        ids: list[int] = self.tokenizer(self.template.prompt(prompt, tools), add_special_tokens=False)["input_ids"]
+        return ids[-self.max_tokens :]
+
     def _sample(self, chat: RenderedChat) -> Sample:
         encoding = self.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids: list[int] = encoding["input_ids"]

@@ -19,6 +19,7 @@ from rose_ray.stores.workspace import FileRecord, Workspace
 _UNLISTED = re.compile(
     r"rose_ray\.json|(runs|lease|plans|budgets|warmup/pins)/[^/]+\.json|warmup/[^/]+/(training\.json|resume/.+)"
     r"|features/[^/]+/(space|pool-[^/]+)\.json|selections/[^/]+/latest\.json|selections/[^/]+/history/.+"
+    r"|evaluation/(index\.json|report/.+|judges/[^/]+\.json|verdicts/[^/]+/part-[^/]+)"
 )
 
 

@@ -16,7 +16,8 @@ from rose_ray.config.selection import JointSelectionConfig, TrainingSetConfig
 from rose_ray.config.task import TaskInput
 from tests.unit.config.test_models import MODELS
 
-LEFT_OUT = (TrainingSetConfig, JointSelectionConfig, TaskInput, NearDuplicates, Decontaminate)
+EVALUATION = [model for model in MODELS if model.__module__ in ("rose_ray.config.evaluation", "rose_ray.config.judge")]
+LEFT_OUT = (TrainingSetConfig, JointSelectionConfig, TaskInput, NearDuplicates, Decontaminate, *EVALUATION)
 """Unset by default: there as one key each."""
 
 

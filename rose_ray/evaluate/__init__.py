@@ -1,0 +1,1 @@
+"""What selections are worth: fine-tuning a model on them, measures on held-out data, judges, tables and curves."""

@@ -1,0 +1,119 @@
+"""Questions and held-out pairs: what is read, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rose_ray.config.evaluation import HeldOutConfig, TaskConfig
+from rose_ray.config.target import PairInput
+from rose_ray.data.preferences import PreferencePair, read_pairs
+from rose_ray.errors import ConfigError, DataError, PairError
+from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
+from rose_ray.filesystem import locate
+from tests.tiny import make_pair_rows, write_jsonl
+
+CHOICE = {"id": "q", "task": "algebra", "question": "1+1?", "choices": ["3", "2", "4"], "answer": "B"}
+
+
+def task(tmp_path: Path, rows: list[dict[str, Any]], kind: str = "multiple_choice", **settings: Any) -> Benchmark:
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    config = TaskConfig(name="t", files=[str(tmp_path / "t.jsonl")], kind=kind, **settings)  # type: ignore[arg-type]
+    return read_task(config, 8)
+
+
+def test_choices(tmp_path: Path) -> None:
+    (letters,) = task(tmp_path, [CHOICE]).questions
+    assert letters.text == "1+1?\nA. 3\nB. 2\nC. 4" and letters.options == ("A", "B", "C") and letters.gold == 1
+    rows = [{**CHOICE, "id": number, "answer": answer} for number, answer in enumerate(["B", 1, "2"])]
+    for question in task(tmp_path, rows, options="texts").questions:
+        assert (question.text, question.options, question.gold) == ("1+1?", ("3", "2", "4"), 1)
+        assert question.subtask == "algebra"
+
+
+def test_exact_answers(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "input": "not True is", "target": "False"},
+        {"id": "b", "question": "Who?", "context": "Ann ran.", "answers": ["Ann", "she"]},
+        {"id": "c", "question": "Who?", "answers": {"text": ["Bo"], "answer_start": [0]}},
+    ]
+    found = {q.item_id: q for q in task(tmp_path, rows, "exact_match").questions}
+    assert found["a"].answers == ("False",) and found["c"].answers == ("Bo",)
+    assert found["b"].text == "Ann ran.\n\nWho?" and found["b"].answers == ("Ann", "she")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "D"}, r"t.jsonl row 1: the answer 'D' is none of the 3 choices"),
+        ({"answer": True}, "the answer True is none"),
+        ({"answer": 3}, "the answer 3 is none"),
+        ({"choices": ["2"]}, "expected 2 to 26 choices, found 1"),
+        ({"choices": ["2", " "]}, "a choice is empty"),
+        ({"choices": ["2", "2"]}, "two are equal"),
+        ({"choices": "AB"}, "expected a list of texts at 'choices'"),
+        ({"question": None}, "expected text at 'question' or 'input'"),
+        ({"context": 3}, "expected text at 'context'"),
+    ],
+)
+def test_rows_of_another_kind(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        task(tmp_path, [{**CHOICE, **change}])
+
+
+def test_a_file_of_the_wrong_kind_says_so_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"30 rows are no questions of kind exact_match(.|\n)*and 10 more"):
+        task(tmp_path, [{"id": number, "messages": []} for number in range(30)], "exact_match")
+    (tmp_path / "t.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match="row 1: not_json"):
+        read_task(TaskConfig(name="t", files=[str(tmp_path / "t.jsonl")], kind="exact_match"), 8)
+
+
+def test_a_few_shot_split_is_not_measured_on(tmp_path: Path) -> None:
+    rows = [{**CHOICE, "id": split, "split": split} for split in ("dev", "test")]
+    with pytest.raises(ConfigError, match=r"several splits \(dev: 1, test: 1\)"):
+        task(tmp_path, rows)
+    assert [q.item_id for q in task(tmp_path, rows, splits=["test"]).questions] == ["test"]
+    with pytest.raises(ConfigError, match=r"no record of splits \['val'\]; found dev: 1, test: 1"):
+        task(tmp_path, rows, splits=["val"])
+
+
+def test_items_are_chosen_by_their_ids(tmp_path: Path) -> None:
+    rows = [{**CHOICE, "id": str(number)} for number in range(9)]
+    few = task(tmp_path, rows, max_items=4)
+    assert few.questions == task(tmp_path, rows[::-1], max_items=4).questions
+    assert few.questions == task(tmp_path, rows).questions[:4]
+    with pytest.raises(DataError, match="ids stand twice: q"):
+        task(tmp_path, [CHOICE, CHOICE])
+
+
+def pairs(tmp_path: Path, rows: list[dict[str, Any]]) -> list[PreferencePair]:
+    return read_pairs([locate(str(write_jsonl(tmp_path / "p.jsonl", rows)))], target="a")
+
+
+def held_out(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Benchmark:
+    config = HeldOutConfig(name="h", pairs=[PairInput(files=["-"])], **settings)
+    return held_out_benchmark(config, pairs(tmp_path, rows))
+
+
+def test_held_out_pairs_and_their_prompts(tmp_path: Path) -> None:
+    rows = make_pair_rows(6)
+    rows.append({**rows[0], "id": "again", "rejected": "Another one."})
+    benchmark = held_out(tmp_path, rows)
+    assert held_out(tmp_path, rows[::-1]).digest == benchmark.digest != held_out(tmp_path, rows, max_pairs=3).digest
+    asked = answers_benchmark(benchmark, 100, 5)
+    assert len(asked.pairs) == 6 and len(answers_benchmark(benchmark, 2, 5).pairs) == 2
+    assert asked.digest != answers_benchmark(benchmark, 100, 6).digest
+
+
+def test_what_steers_cannot_measure(tmp_path: Path) -> None:
+    rows = make_pair_rows(4)
+    steering = {"alpha": pairs(tmp_path, rows[:2])}
+    check_apart(steering, [held_out(tmp_path, rows[2:])])
+    with pytest.raises(PairError, match=r"evaluation h: 1 of 3 items ask .*pair-1 \(target alpha\)"):
+        check_apart(steering, [held_out(tmp_path, rows[1:])])
+    asked = [{**CHOICE, "question": rows[0]["prompt"]}]
+    with pytest.raises(PairError, match=r"evaluation t: 1 of 1"):
+        check_apart(steering, [task(tmp_path, asked, options="texts")])
