@@ -1,0 +1,1 @@
+"""Which selector helps: one protocol, several selectors, real data."""
