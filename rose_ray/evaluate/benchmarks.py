@@ -119,8 +119,8 @@ def read_task(config: TaskConfig, max_new_tokens: int) -> Benchmark:
     """Read questions; ``max_new_tokens`` bounds the answers of ``exact_match``.
 
     A record has ``question`` or ``input``, for a passage ``context``, and ``id``, ``task`` or ``subtask``, ``split``
-    where it likes. For ``multiple_choice`` it has ``choices`` and ``answer``: a letter, a place from 0, or the text of
-    a choice. For ``exact_match`` it has ``answer`` or ``target``, or several in ``answers``.
+    where it likes. For ``multiple_choice`` it has ``choices`` and ``answer``: a letter, a place from 0, or else the
+    text of a choice. For ``exact_match`` it has ``answer`` or ``target``, or several in ``answers``.
 
     Raises:
         DataError: A file cannot be read, or rows are of another kind; files, rows and reasons are listed.
@@ -192,7 +192,11 @@ def _question(record: Mapping[str, Any], config: TaskConfig, where: str) -> Ques
     if config.options == "letters":
         listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
         return Question(item_id, subtask, f"{text}\n{listed}", tuple(LETTERS[: len(options)]), gold)
-    return Question(item_id, subtask, text, options, gold)
+    # Published sets have rows with a choice twice: as a text it is one answer, right where the known one is.
+    unique = tuple(dict.fromkeys(options))
+    if len(unique) < 2:
+        raise DataError("all choices are equal")
+    return Question(item_id, subtask, text, unique, unique.index(options[gold]))
 
 
 def _options(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -201,18 +205,19 @@ def _options(record: Mapping[str, Any]) -> tuple[str, ...]:
         raise DataError(f"expected a list of texts at 'choices', found {kind_of(options)}")
     if not 2 <= len(options) <= len(LETTERS):
         raise DataError(f"expected 2 to {len(LETTERS)} choices, found {len(options)}")
-    if any(not option.strip() for option in options) or len(set(options)) < len(options):
-        raise DataError("a choice is empty, or two are equal")
+    if any(not option.strip() for option in options):
+        raise DataError("a choice is empty")
     return tuple(options)
 
 
 def _gold(answer: Any, options: Sequence[str]) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
-    if isinstance(answer, str) and answer in options:
-        return options.index(answer)
+    # A letter comes first: choices may be letters themselves, in another order.
     if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]:
         return LETTERS.index(answer)
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
     raise DataError(f"the answer {answer!r} is none of the {len(options)} choices, their letters or places from 0")
 
 
