@@ -60,6 +60,20 @@ class TargetConfig(Strict):
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
 
     @model_validator(mode="after")
+    def _pairs_have_directions(self) -> TargetConfig:
+        if self.objective == "dpo_weighted" and self.scores_pairs:
+            raise ValueError(
+                "selection.method: round_robin_pairs needs a score a pair, but objective: dpo_weighted makes one "
+                "direction of a subtask's pairs: take round_robin, or another objective"
+            )
+        return self
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the score table has a column for every pair."""
+        return self.selection.method == "round_robin_pairs"
+
+    @model_validator(mode="after")
     def _cut_fits_encoding(self) -> TargetConfig:
         if self.encoding != "rose_official" and self.official_cut != "keep_start":
             raise ValueError(

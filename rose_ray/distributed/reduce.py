@@ -65,6 +65,7 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
             "dpo_beta": target.dpo_beta if target.objective == "dpo_weighted" else None,
             "normalize": target.normalize,
             "aggregation": target.aggregation,
+            **({"pairs": True} if target.scores_pairs else {}),
         }
         folder = f"scores/{target.name}/{artefact_key(made_from)}"
         found[target.name] = find_manifest(job.workspace, folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rose_ray.config.selection import SelectionConfig
+from rose_ray.config.selection import JointSelectionConfig, SelectionConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.errors import AccountingError, StoreError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
@@ -72,7 +72,7 @@ def score_targets(
         banks = [workspace.read_table(record.path, record) for record in records]
         scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
     with ExitStack() as stack:
-        tables = [stack.enter_context(ScoreTable(scorer.subtasks)) for scorer in scorers]
+        tables = [stack.enter_context(ScoreTable(scorer.subtasks, scorer.pairs)) for scorer in scorers]
         score_shards(_reported(_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
         return [
             _commit_scores(workspace, pool, features, plan, scorer, table, started)
@@ -100,6 +100,7 @@ def _commit_scores(
     facts = {
         "target": plan.target.name,
         "subtasks": scorer.subtasks,
+        "pairs": scorer.pairs,
         "objective": plan.target.objective,
         "normalize": plan.target.normalize,
         "aggregation": plan.target.aggregation,
@@ -164,11 +165,11 @@ def select_target(
     """
     started = time.monotonic()
     opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
-    first = next(iter(opened.values()))
+    first, facts = next(iter(opened.values())), scores[0].facts
     candidates = (
-        joint_candidates(opened, pool.counts["unique"])
-        if name == "training_set"
-        else target_candidates(first, scores[0].facts["subtasks"], pool.counts["unique"])
+        joint_candidates(opened, pool.counts["unique"], selection.aggregation)
+        if isinstance(selection, JointSelectionConfig)
+        else target_candidates(first, facts["subtasks"], pool.counts["unique"], facts.get("pairs", ()))
     )
     positions = choose(candidates, selection)
     further = {column: functools.partial(first.numbers, column) for column in CORRELATED_COLUMNS}
@@ -179,8 +180,8 @@ def select_target(
         files = _write_selection(workspace, folder, selected)
     files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     counts = {"scored": summary["num_scored"], "selected": summary["num_selected"], "tokens": summary["num_tokens"]}
-    facts = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
-    return commit_artefact(workspace, "select", made_from, files, counts, facts, started=started, folder=folder)
+    made = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
+    return commit_artefact(workspace, "select", made_from, files, counts, made, started=started, folder=folder)
 
 
 def _selected_rows(workspace: Workspace, pool: Manifest, chosen: pa.Table) -> Iterator[pa.Table]:

@@ -83,6 +83,7 @@ def round_robin(
     num_tokens_N: NDArray[Any] | None = None,
     sources: Labels | None = None,
     rules: SourceRules = NO_RULES,
+    equal_parts: bool = False,
 ) -> Positions:
     """Let the subtasks take turns, each choosing its best row that is still free.
 
@@ -91,6 +92,9 @@ def round_robin(
 
     Args:
         scores_NT: One column a subtask.
+        equal_parts: Give each column an equal part of the budget, the first ones what is left over: it stops at the
+            first row that does not fit its part, and the others go on. With a budget of rows this changes nothing,
+            with one of tokens a subtask of long rows gets no more than the others.
     """
     scores_NT = np.asarray(scores_NT)
     if scores_NT.ndim != 2 or scores_NT.shape[1] == 0:
@@ -101,7 +105,7 @@ def round_robin(
         len(ids_NW), scores_NT.shape[1], lambda t: scores_NT[:, t], lambda positions: _at(row_ids, positions)
     )
     coded = None if sources is None else Sources.of(sources)
-    return choose_rows(columns, budget, num_tokens_N=num_tokens_N, sources=coded, rules=rules)
+    return choose_rows(columns, budget, num_tokens_N=num_tokens_N, sources=coded, rules=rules, equal_parts=equal_parts)
 
 
 def choose_rows(
@@ -111,6 +115,7 @@ def choose_rows(
     num_tokens_N: NDArray[Any] | None = None,
     sources: Sources | None = None,
     rules: SourceRules = NO_RULES,
+    equal_parts: bool = False,
 ) -> Positions:
     """Select as :func:`top_k` does from one column, as :func:`round_robin` from several, in little memory.
 
@@ -120,7 +125,7 @@ def choose_rows(
     depth = _first_depth(purse.num_rows(), scores.num_columns)
     while True:
         lists = [_shortlist(scores, column, purse, depth) for column in range(scores.num_columns)]
-        chosen, ran_out = _choose(scores, lists, purse)
+        chosen, ran_out = _choose(scores, lists, purse, equal_parts)
         if not ran_out or all(each.is_whole for each in lists):
             purse.check(chosen, ran_out)
             return chosen
@@ -165,7 +170,9 @@ def _nth_best(values_N: NDArray[Any], n: int) -> Any:
     return np.partition(values_N, len(values_N) - n)[len(values_N) - n] if n <= len(values_N) else -np.inf
 
 
-def _choose(scores: ScoreColumns, lists: Sequence[_Shortlist], purse: Purse) -> tuple[Positions, bool]:
+def _choose(
+    scores: ScoreColumns, lists: Sequence[_Shortlist], purse: Purse, equal_parts: bool
+) -> tuple[Positions, bool]:
     """Choose from shortlists; also whether rows ran out before the budget did."""
     positions = lists[0].positions if len(lists) == 1 else np.unique(np.concatenate([each.positions for each in lists]))
     ids_MW = id_words(scores.ids(positions))
@@ -173,40 +180,54 @@ def _choose(scores: ScoreColumns, lists: Sequence[_Shortlist], purse: Purse) -> 
     for each in lists:
         places = np.searchsorted(positions, each.positions)
         orders.append(places[rank_order(each.scores, ids_MW[places])])
-    chosen, ran_out = (_best if len(orders) == 1 else _turns)(orders, purse.at(positions))
+    own = purse.at(positions)
+    chosen, ran_out = _best(orders[0], own) if len(orders) == 1 else _turns(orders, own, equal_parts)
     return positions[chosen], ran_out
 
 
-def _best(orders: Sequence[Positions], purse: Purse) -> tuple[Positions, bool]:
-    order = purse.within_quotas(orders[0])
+def _best(order: Positions, purse: Purse) -> tuple[Positions, bool]:
+    order = purse.within_quotas(order)
     spent = np.cumsum(purse.costs_N[order], dtype=np.int64)
     chosen = order[: np.searchsorted(spent, purse.limit, side="right")]
     return chosen, len(chosen) == len(order)
 
 
-def _turns(orders: Sequence[Positions], purse: Purse) -> tuple[Positions, bool]:
+def _turns(orders: Sequence[Positions], purse: Purse, equal_parts: bool) -> tuple[Positions, bool]:
     views = [order.data for order in orders]  # a view's numbers are Python's own: faster to take
     costs, has_quotas = np.ascontiguousarray(purse.costs_N).data, bool(purse.rows_left or purse.costs_left)
     free = bytearray(b"\1") * len(purse.costs_N)
     places = [0] * len(views)
     chosen = array("q")
-    left, turn = purse.limit, 0
-    while left > 0:
-        order, place = views[turn], places[turn]
+    # Columns spend from one pot, or each from its own; whoever shares an empty pot is out.
+    pot_of = list(range(len(views))) if equal_parts else [0] * len(views)
+    pots = _parts(purse.limit, len(views)) if equal_parts else [purse.limit]
+    buyers = [column for column, pot in enumerate(pot_of) if pots[pot] > 0]
+    turn = 0
+    while buyers:
+        column = buyers[turn % len(buyers)]
+        order, place, pot = views[column], places[column], pot_of[column]
         while place < len(order) and not (free[order[place]] and (not has_quotas or purse.source_allows(order[place]))):
             place += 1
+        places[column] = place
         if place == len(order):  # whole orders hold the same rows, so all have run out
             return np.array(chosen, dtype=np.int64), True
         position = order[place]
-        if costs[position] > left:
-            break
-        chosen.append(position)
-        free[position] = 0
-        purse.book(position)
-        left -= costs[position]
-        places[turn] = place + 1
-        turn = (turn + 1) % len(views)
+        fits = costs[position] <= pots[pot]
+        if fits:
+            chosen.append(position)
+            free[position] = 0
+            purse.book(position)
+            pots[pot] -= costs[position]
+        if fits and pots[pot]:
+            turn = (turn + 1) % len(buyers)
+        else:
+            turn %= len(buyers)
+            buyers = [other for other in buyers if pot_of[other] != pot]
     return np.array(chosen, dtype=np.int64), False
+
+
+def _parts(whole: int, num_parts: int) -> list[int]:
+    return [whole // num_parts + (part < whole % num_parts) for part in range(num_parts)]
 
 
 def _at(labels: Labels, positions: Positions) -> Labels:
