@@ -18,23 +18,29 @@ from rose_ray.errors import PairError
 from rose_ray.kernels.influence import influence
 from rose_ray.kernels.pooling import Pooling
 from rose_ray.model.scoring import ScoringModel
-from rose_ray.stages.bank import EncodedPair
 from rose_ray.stages.forwards import RowValues, unit_embeddings
 
 
 def query_embeddings(
-    model: ScoringModel, pairs: Sequence[EncodedPair], pooling: Pooling, *, max_batch_tokens: int
+    model: ScoringModel, samples: Sequence[Sample], pair_ids: Sequence[str], pooling: Pooling, *, max_batch_tokens: int
 ) -> NDArray[np.float64]:
-    """Embed each pair's prompt with its chosen answer: [V, H], float64, rows of length 1.
+    """Embed the pairs: [V, H], float64, rows of length 1.
+
+    Args:
+        model: Base model with an adapter slot, which is left out.
+        samples: Each pair's prompt with its chosen answer.
+        pair_ids: Of the pairs, for messages.
+        pooling: Which.
+        max_batch_tokens: Bound on rows times longest row.
 
     Raises:
         PairError: A pair has no embedding; the message lists their ids and why.
     """
     with model.without_adapter():
-        found = unit_embeddings(model, [p.chosen for p in pairs], pooling, max_batch_tokens=max_batch_tokens)
+        found = unit_embeddings(model, samples, pooling, max_batch_tokens=max_batch_tokens)
     if found.rejected:
-        listed = [f"{pairs[place].pair_id}: {': '.join(why)}" for place, why in sorted(found.rejected.items())]
-        raise PairError(f"{len(listed)} of {len(pairs)} pairs have no embedding: {listed[:10]}. Remove them.")
+        listed = [f"{pair_ids[place]}: {': '.join(why)}" for place, why in sorted(found.rejected.items())]
+        raise PairError(f"{len(listed)} of {len(samples)} pairs have no embedding: {listed[:10]}. Remove them.")
     return found.values_NU
 
 

@@ -16,7 +16,6 @@ from rose_ray.kernels.pooling import Pooling
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.hidden import pooled_states
 from rose_ray.model.scoring import ScoringModel, pad_batch
-from rose_ray.stages.bank import EncodedPair
 from rose_ray.stages.forwards import sample_logps, unit_embeddings
 from rose_ray.stages.rds import embedding_cosines, query_embeddings
 from tests import oracles
@@ -24,12 +23,8 @@ from tests.tiny import ARCHITECTURES, make_samples
 
 LORA = LoraConfig(rank=2, alpha=4.0, target_modules=["q_proj"])
 SAMPLES = make_samples((9, 14, 6, 3, 14), 330)
-PAIRS = [
-    EncodedPair(f"pair-{n}", "t", chosen, rejected)
-    for n, (chosen, rejected) in enumerate(
-        zip(make_samples((8, 11), 330, 1), make_samples((5, 5), 330, 2), strict=True)
-    )
-]
+QUERIES = make_samples((8, 11), 330, seed=1)
+PAIR_IDS = ["pair-0", "pair-1"]
 FLOAT64 = 1e-12
 """Cosines of 32 numbers made of two layers in float64."""
 BATCHES = 1e-5
@@ -56,12 +51,12 @@ def _oracle_embedding(base: Any, sample: Sample, pooling: Pooling) -> Tensor:
 @pytest.mark.parametrize("pooling", ["position_weighted", "last_token"])
 def test_cosines_are_those_of_the_base_model_s_last_states(base_of: Any, architecture: str, pooling: Pooling) -> None:
     model = _model(base_of(architecture))
-    queries = query_embeddings(model, PAIRS, pooling, max_batch_tokens=30)
+    queries = query_embeddings(model, QUERIES, PAIR_IDS, pooling, max_batch_tokens=30)
     found = embedding_cosines(model, SAMPLES, queries, pooling, max_batch_tokens=30)
     base = load_base(ModelConfig(base=base_of(architecture)), dtype=torch.float64)
     with torch.no_grad():
         rows = [_oracle_embedding(base, sample, pooling) for sample in SAMPLES]
-        targets = [_oracle_embedding(base, pair.chosen, pooling) for pair in PAIRS]
+        targets = [_oracle_embedding(base, query, pooling) for query in QUERIES]
     expected = [[oracles.cosine(row, target) for target in targets] for row in rows]
     np.testing.assert_allclose(found.values_NU, expected, rtol=0, atol=FLOAT64)
     assert not found.rejected
@@ -71,7 +66,7 @@ def test_a_batch_of_one_is_a_batch_of_many(base_folder: str) -> None:
     model = _model(base_folder, "float32")
     found = []
     for bound in (1, 30, 1000):
-        queries = query_embeddings(model, PAIRS, "position_weighted", max_batch_tokens=bound)
+        queries = query_embeddings(model, QUERIES, PAIR_IDS, "position_weighted", max_batch_tokens=bound)
         found.append(embedding_cosines(model, SAMPLES, queries, "position_weighted", max_batch_tokens=bound).values_NU)
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=BATCHES)
     np.testing.assert_allclose(found[2], found[0], rtol=0, atol=BATCHES)
@@ -79,8 +74,8 @@ def test_a_batch_of_one_is_a_batch_of_many(base_folder: str) -> None:
 
 def test_a_row_as_the_pair_has_cosine_one(base_folder: str) -> None:
     model = _model(base_folder)
-    queries = query_embeddings(model, PAIRS, "position_weighted", max_batch_tokens=30)
-    found = embedding_cosines(model, [PAIRS[1].chosen], queries, "position_weighted", max_batch_tokens=30)
+    queries = query_embeddings(model, QUERIES, PAIR_IDS, "position_weighted", max_batch_tokens=30)
+    found = embedding_cosines(model, [QUERIES[1]], queries, "position_weighted", max_batch_tokens=30)
     assert found.values_NU[0, 1] == pytest.approx(1, abs=FLOAT64) and found.values_NU[0, 0] < 0.999
 
 
@@ -129,9 +124,8 @@ def test_nan_and_zero_states_have_reasons(base_folder: str) -> None:
     assert np.linalg.norm(found.values_NU[0]) == pytest.approx(1, abs=1e-6)  # float32
     losses = sample_logps(model, [SAMPLES[0], bad], "mean_loss", max_batch_tokens=100)
     assert losses.rejected == {1: ("non_finite_loss", "nan under the model")}
-    pair = EncodedPair("bad-pair", "t", bad, SAMPLES[0])
     with pytest.raises(PairError, match="bad-pair: non_finite_embedding"):
-        query_embeddings(model, [pair], "last_token", max_batch_tokens=100)
+        query_embeddings(model, [bad], ["bad-pair"], "last_token", max_batch_tokens=100)
     with torch.no_grad():
         base.get_submodule("model.norm").weight.zero_()  # type: ignore[operator, union-attr]
     found = unit_embeddings(model, SAMPLES[:1], "position_weighted", max_batch_tokens=100)
