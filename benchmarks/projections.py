@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks.timing import write_results
 from rose_ray.config import load_config
 from rose_ray.config.job import JobConfig
-from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.kernels.adam import common_direction
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks
@@ -30,13 +29,14 @@ from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.objectives import PairGradients, bank_directions
 from rose_ray.kernels.projection import NoProjection, Projection, make_projection
 from rose_ray.kernels.quantization import StoredType, dequantize, quantize
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout, layout_of
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.bank import encode_pairs, pair_gradients
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
-from rose_ray.stages.features import read_samples, tokenize_shard
 from rose_ray.stages.pool import read_pool_shard
+from rose_ray.stages.target_pairs import read_target_pairs
+from rose_ray.stages.tokens import read_samples, tokenize_shard
 from rose_ray.stores.manifest import read_manifest
 from rose_ray.stores.runs import last_run
 from rose_ray.stores.workspace import Workspace

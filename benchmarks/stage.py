@@ -30,14 +30,16 @@ import torch
 
 from benchmarks.timing import write_results
 from rose_ray.config import JobConfig, parse_config
-from rose_ray.distributed.actors import ScoringActor, ScoringSpec, cached_tokeniser
+from rose_ray.distributed.actors import ScoringActor, ScoringSpec
 from rose_ray.distributed.checkpoints import warm_up
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.session import ray_session, worker_environment
-from rose_ray.stages.features import shard_features, tokenize_shard
+from rose_ray.distributed.tokens import cached_tokeniser
+from rose_ray.stages.features import shard_features
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
+from rose_ray.stages.tokens import tokenize_shard
 from rose_ray.stores.features import find_shard
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.workspace import Workspace

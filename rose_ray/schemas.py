@@ -149,6 +149,17 @@ def scores_schema(subtasks: Sequence[str], pairs: Sequence[str] = ()) -> pa.Sche
     )
 
 
+PASSED_OVER = pa.schema(
+    [
+        _column("row_id", pa.string(), "row that was next by its score, and was not selected"),
+        _column("source", pa.string(), "source of the row"),
+        _column("score", pa.float32(), "as in the selection"),
+        _column("reason", pa.string(), "near_duplicate or contaminated"),
+        _column("match", pa.string(), "row_id of the selected row it resembles, or the test item whose text it holds"),
+    ],
+    metadata={"table": "passed_over", "version": "1"},
+)
+
 SELECTED = pa.schema(
     [
         _column("place", pa.int64(), "order of choice, from 1"),

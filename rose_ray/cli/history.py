@@ -68,6 +68,9 @@ def gc(
     config: Config,
     keep: Annotated[int, typer.Option(min=1, help="Newest versions of each selection to keep.")] = 5,
     delete: Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also what runs since the last finished one left.")
+    ] = False,
     overrides: Set = None,
 ) -> None:
     """Remove what neither the kept selections nor the last finished run need."""
@@ -78,5 +81,5 @@ def gc(
     loaded = load_config(config, overrides or [])
     # Looking needs no lease.
     with opened(loaded.workspace, loaded.lease.term if delete else None) as workspace:
-        for line in collect_garbage(workspace, keep, delete=delete):
+        for line in collect_garbage(workspace, keep, delete=delete, unfinished=unfinished):
             typer.echo(line)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rose_ray.config.cleaning import Decontaminate, NearDuplicates
 from rose_ray.config.strict import Fraction, Name, Strict
 
 
@@ -25,6 +26,12 @@ class SelectionConfig(Strict):
     source_quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict, description="Largest share of the selection that a source may have."
     )
+    near_duplicates: NearDuplicates | None = Field(
+        None, description="Pass over rows that are nearly the same as a better one; docs/clean-selections.md."
+    )
+    decontaminate: Decontaminate | None = Field(
+        None, description="Pass over rows that hold test text; docs/clean-selections.md."
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectionConfig:
@@ -35,6 +42,16 @@ class SelectionConfig(Strict):
         if both:
             raise ValueError(f"sources {both} are both included and excluded")
         return self
+
+    @property
+    def is_cleaned(self) -> bool:
+        """Whether rows are passed over for their text."""
+        return self.near_duplicates is not None or self.decontaminate is not None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a selection depends on, besides files: settings, without those that clean where unset."""
+        unset = {name for name in ("near_duplicates", "decontaminate") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=unset)
 
     @property
     def budget(self) -> tuple[Literal["fraction", "count", "tokens"], float]:

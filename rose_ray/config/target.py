@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.strict import Name, Strict
+from rose_ray.config.task import TaskInput
 
 Objective = Literal["rose", "rose_simpo", "rose_balanced", "dpo_weighted", "less"]
 Normalization = Literal["exact", "projected", "none"]
@@ -21,6 +22,9 @@ class PairInput(Strict):
         "auto",
         description="Shape of a record: with a prompt, with the prompt inside both answers, or the authors' files.",
     )
+    task: TaskInput | None = Field(
+        None, description="The files hold labelled rows of a task, from which pairs are made; docs/tasks.md."
+    )
     subtask: Name | None = Field(None, description="Subtask of all pairs in these files.")
     subtask_field: str | None = Field(None, description="Key of the record that names its subtask.")
     subtask_blocks: int | None = Field(
@@ -32,6 +36,10 @@ class PairInput(Strict):
         given = [n for n in ("subtask", "subtask_field", "subtask_blocks") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: set one of them")
+        if self.task is not None and self.format != "auto":
+            raise ValueError(f"format: {self.format} is for files of pairs and task for labelled rows: set one of them")
+        if self.task is not None and self.subtask_blocks is not None:
+            raise ValueError("subtask_blocks is for files of pairs; rows of a task name their subtask themselves")
         return self
 
 
@@ -40,7 +48,11 @@ class TargetConfig(Strict):
 
     name: Name = Field(description="Name of the target, used in paths.")
     pairs: list[PairInput] = Field(min_length=1, description="Its preference pairs.")
-    shots: int | None = Field(None, ge=1, description="Use the first so many pairs of every subtask; all where unset.")
+    shots: int | None = Field(
+        None,
+        ge=1,
+        description="Use the first so many pairs, or rows of a task, of every subtask; all where unset.",
+    )
     objective: Objective = Field("rose", description="Which direction a pair stands for; docs/objectives.md.")
     dpo_beta: float = Field(0.1, gt=0, description="Beta of the DPO loss; matters in dpo_weighted and in reports.")
     normalize: Normalization = Field(

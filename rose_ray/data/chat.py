@@ -90,6 +90,14 @@ class ChatTemplate:
             spans.append(self._span(messages, turn, upto, tools))
         return RenderedChat(full, tuple(spans))
 
+    def prompt(self, messages: Sequence[Message], tools: str | None = None) -> str:
+        """Return the text that the model answers: the turns, and the header of its own.
+
+        Raises:
+            RowError: ``template_failed``.
+        """
+        return self._text(messages, tools, add_generation_prompt=True)
+
     def _span(self, messages: Sequence[Message], turn: int, upto: str, tools: str | None) -> tuple[int, int]:
         # A stand-in tells where the template puts an answer: the answer itself may occur in the header or the tail.
         stand_in = [*messages[:turn], Message("assistant", _STAND_IN)]

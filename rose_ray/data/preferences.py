@@ -67,6 +67,7 @@ def read_pairs(
     subtask_field: str | None = None,
     subtask_blocks: int | None = None,
     shots: int | None = None,
+    checked: bool = True,
 ) -> list[PreferencePair]:
     """Read pairs, in file order.
 
@@ -82,6 +83,7 @@ def read_pairs(
         subtask_field: Key of the record that names its subtask.
         subtask_blocks: The one file holds that many subtasks, block_00, block_01 and so on, of equal size.
         shots: As in `take_shots`.
+        checked: False to get pairs as well that `check_pairs` refuses.
 
     Raises:
         ConfigError: Subtasks are named in more than one way, or a file has no entry in ``subtasks_by_file``.
@@ -111,7 +113,8 @@ def read_pairs(
         PreferencePair(pair_id, name, **vars(record.content))
         for pair_id, name, record in zip(ids, names, records, strict=True)
     ]
-    check_pairs(pairs, target=target, places=[record.where for record in records])
+    if checked:
+        check_pairs(pairs, target=target, places=[record.where for record in records])
     return take_shots(pairs, shots, target=target)
 
 
@@ -151,26 +154,40 @@ def check_pairs(pairs: Sequence[PreferencePair], *, target: str, places: Sequenc
         raise PairError(f"target {target}: {'; '.join(found)}. Remove or mend them.")
 
 
-def take_shots(pairs: Sequence[PreferencePair], shots: int | None, *, target: str) -> list[PreferencePair]:
-    """Return the first ``shots`` pairs of every subtask in the order given; all where None.
+def take_shots(
+    pairs: Sequence[PreferencePair],
+    shots: int | None,
+    *,
+    target: str,
+    shot_of: Mapping[str, str] | None = None,
+) -> list[PreferencePair]:
+    """Return the pairs of the first ``shots`` shots of every subtask in the order given; all where None.
+
+    Args:
+        pairs: To choose from.
+        shots: How many.
+        target: Name for messages.
+        shot_of: By pair id, where several pairs make one shot; a pair without an entry is one itself.
 
     Raises:
         PairError: A subtask has fewer.
     """
-    by_subtask: dict[str, list[PreferencePair]] = {}
-    for pair in pairs:
-        by_subtask.setdefault(pair.subtask, []).append(pair)
     if shots is None:
         return list(pairs)
     if shots < 1:
         raise ConfigError(f"target {target}: shots is {shots}, expected at least 1.")
+    by_subtask: dict[str, dict[tuple[bool, str], list[PreferencePair]]] = {}
+    for pair in pairs:
+        own = (shot_of or {}).get(pair.pair_id)
+        shot = (own is not None, own or pair.pair_id)
+        by_subtask.setdefault(pair.subtask, {}).setdefault(shot, []).append(pair)
     short = [f"{name!r} has {len(group)}" for name, group in by_subtask.items() if len(group) < shots]
     if short:
         raise PairError(
             f"target {target}: {shots} shots asked for, but subtask {', '.join(short[:_NUM_LISTED])}. "
             "Lower `shots` or add pairs."
         )
-    kept = {id(pair) for group in by_subtask.values() for pair in group[:shots]}
+    kept = {id(pair) for group in by_subtask.values() for shot in list(group.values())[:shots] for pair in shot}
     return [pair for pair in pairs if id(pair) in kept]
 
 

@@ -6,8 +6,9 @@ import functools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,15 @@ from rose_ray.config.gradients import GradientConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.data.tokenize import Sample, Tokeniser
+from rose_ray.data.tokenize import Sample
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.metrics import count, count_shard
 from rose_ray.distributed.roll import enrol
 from rose_ray.distributed.session import carried_errors
 from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
+from rose_ray.distributed.tokens import cached_tokeniser
 from rose_ray.failpoints import die_at
 from rose_ray.kernels.projection import Projection
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout
 from rose_ray.model.memory import memory_meter
@@ -36,10 +37,9 @@ from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, refe
 from rose_ray.stages.basis import BasisSettings, pair_basis
 from rose_ray.stages.budget import MOST_TOKENS, measured_budget
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
-from rose_ray.stages.features import ShardFeatures, shard_features, tokenize_shard
-from rose_ray.stages.pool import read_pool_shard
+from rose_ray.stages.features import ShardFeatures, shard_features
 from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folder
-from rose_ray.stores.manifest import Manifest, commit_artefact
+from rose_ray.stores.manifest import commit_artefact
 from rose_ray.stores.workspace import FileRecord, Workspace
 
 
@@ -62,6 +62,7 @@ class ScoringSpec:
         ranks: Ranks that share an actor's model.
         cpus, gpus: Of each rank.
         stall_seconds: A gang that is silent for so long has come apart.
+        gang: What the names of its coordinators' placement groups begin with.
     """
 
     workspace: Workspace
@@ -81,6 +82,7 @@ class ScoringSpec:
     cpus: float = 1.0
     gpus: float = 0.0
     stall_seconds: float = 3600.0
+    gang: str = field(default_factory=lambda: f"rose-ray-gang-{uuid.uuid4().hex}")
 
     def read_checkpoints(self) -> list[Checkpoint]:
         """Read every checkpoint from storage: an actor that starts again needs nothing of the one that died.
@@ -291,35 +293,9 @@ def _half_precision_beta(target: TargetConfig) -> float | None:
     return target.dpo_beta if target.encoding == "rose_official" else None
 
 
-def tokenize_task(row: dict[str, Any], spec: ScoringSpec, pool: Manifest) -> dict[str, Any]:
-    """Turn the name of a shard into its samples: one Ray row is one shard, so no block ever cuts a shard."""
-    shard = str(row["shard"])
-    table = read_pool_shard(spec.workspace, pool, shard)
-    tokeniser, start = cached_tokeniser(spec.model), time.monotonic()
-    tokens, rejected = tokenize_shard(table, tokeniser)
-    count("phase_seconds", time.monotonic() - start, phase="tokenise")
-    skipped = pa.table({"row_id": pa.array(list(row["skipped"]), pa.string())})
-    tables = {"tokens": _bytes(tokens), "rejected": _bytes(rejected), "skipped": _bytes(skipped)}
-    return {"shard": shard, **tables, "spaces": row["spaces"]}
-
-
-@functools.lru_cache(maxsize=1)
-def cached_tokeniser(model: ModelConfig) -> Tokeniser:
-    """Load a worker process's tokenizer once."""
-    return load_tokeniser(model)
-
-
 def device_of(settings: RayConfig) -> str:
     """``cuda`` where actors get GPUs, else ``cpu``."""
     return "cuda" if settings.gpus_per_actor else "cpu"
-
-
-def _bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def _table(data: bytes) -> pa.Table:

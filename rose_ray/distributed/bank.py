@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from rose_ray.config.target import TargetConfig
-from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
+from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import BankActor
-from rose_ray.distributed.gang import GangBank
+from rose_ray.distributed.gang import GangBank, released_gangs
 from rose_ray.distributed.job import FeatureSet, Job
-from rose_ray.filesystem import expand
-from rose_ray.stages.bank import BANK_VERSION
+from rose_ray.stages.bank import BANK_VERSION, pairs_digest
 from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
 
 logger = logging.getLogger(__name__)
-
-
-def read_target_pairs(target: TargetConfig) -> list[PreferencePair]:
-    """Read and check all pairs of a target.
-
-    Raises:
-        DataError: A file cannot be read.
-        PairError: Pairs that cannot be used, or too few of them.
-    """
-    pairs = [
-        pair
-        for entry in target.pairs
-        for pair in read_pairs(
-            expand(entry.files),
-            target=target.name,
-            format=entry.format,
-            subtask=entry.subtask,
-            subtask_field=entry.subtask_field,
-            subtask_blocks=entry.subtask_blocks,
-        )
-    ]
-    check_pairs(pairs, target=target.name)
-    return take_shots(pairs, target.shots, target=target.name)
 
 
 BANK_BATCH_TOKENS = 4096
@@ -57,16 +31,16 @@ class ModelActor:
     """The one actor that works on pairs; it starts when first needed."""
 
     def __init__(self, job: Job, warmup: Manifest) -> None:
-        self.job, self.warmup = job, warmup
+        self.job = job
         self._handle: Any = None
+        configured = job.config.gradients.max_batch_tokens
+        self._spec = job.spec(warmup, BANK_BATCH_TOKENS if configured == "auto" else configured)
 
     @property
     def handle(self) -> Any:
         """Of a running `BankActor`."""
         if self._handle is None:
-            configured = self.job.config.gradients.max_batch_tokens
-            bound = BANK_BATCH_TOKENS if configured == "auto" else configured
-            spec = self.job.spec(self.warmup, bound)
+            spec = self._spec
             # A gang's coordinator needs nothing itself.
             self._handle = (
                 ray.remote(num_cpus=0)(GangBank).remote(spec) if spec.ranks > 1 else self.job.actor(BankActor, spec)
@@ -76,7 +50,8 @@ class ModelActor:
     def stop(self) -> None:
         """Give its resources back."""
         if self._handle is not None:
-            ray.kill(self._handle)
+            with released_gangs(self._spec):
+                ray.kill(self._handle)
             self._handle = None
 
 
@@ -193,7 +168,7 @@ def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferenceP
     official = target.encoding == "rose_official"
     return {
         **job.encoding(),
-        "pairs": hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest(),
+        "pairs": pairs_digest(pairs),
         "encoding": target.encoding,
         "official": [target.official_cut, target.dpo_beta] if official else None,
     }

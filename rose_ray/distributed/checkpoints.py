@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
-from rose_ray.distributed.actors import cached_tokeniser, device_of
+from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.own_adapters import (
     adapter_files,
@@ -26,16 +24,16 @@ from rose_ray.distributed.own_adapters import (
     own_digest,
 )
 from rose_ray.distributed.resume import forget_state
+from rose_ray.distributed.tokens import shard_row_ids, warmup_samples
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.distributed.warmup import run_warmup
-from rose_ray.errors import AlteredFileError, DataError, ModelError
+from rose_ray.errors import AlteredFileError, ModelError
 from rose_ray.filesystem import child, locate, read_bytes
 from rose_ray.model.checkpoint import adapter_digest
-from rose_ray.stages.features import tokenize_shard
-from rose_ray.stages.pool import read_pool_shard, skipped_rows
+from rose_ray.stages.pool import skipped_rows
 from rose_ray.stages.warmup import WARMUP_VERSION, warmup_rows
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
-from rose_ray.stores.workspace import FileRecord, Workspace
+from rose_ray.stores.workspace import FileRecord
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +112,7 @@ def _warmup_settings(job: Job) -> dict[str, Any]:
 def _warmup_row_ids(job: Job, pool: Manifest) -> list[str]:
     skipped = skipped_rows(job.workspace, pool)
     read = [
-        job.task(_shard_row_ids, job.workspace, pool, entry["shard"], skipped.get(entry["shard"], []))
+        job.task(shard_row_ids, job.workspace, pool, entry["shard"], skipped.get(entry["shard"], []))
         for entry in pool.facts["shards"]
     ]
     row_ids = [row_id for part in ray.get(read) for row_id in part]
@@ -125,7 +123,7 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
     started = time.monotonic()
     config = job.config
     samples, num_rejected = ray.get(
-        job.task(_warmup_samples, job.workspace, pool, row_ids, config.model, f"{folder}/samples.parquet")
+        job.task(warmup_samples, job.workspace, pool, row_ids, config.model, f"{folder}/samples.parquet")
     )
     training = WarmupJob(
         job.workspace,
@@ -193,27 +191,3 @@ def _warmup_done(job: Job, warmup: Manifest, started: float, *, reused: bool) ->
     if warmup.made_from["layout"] != job.identity.layout.digest:
         raise ModelError(f"{warmup.folder}: its adapters have another layout than this model. Delete it and run again.")
     return warmup
-
-
-def _shard_row_ids(workspace: Workspace, pool: Manifest, shard: str, skipped: list[str]) -> list[str]:
-    table = read_pool_shard(workspace, pool, shard, columns=["row_id"], skipped={shard: skipped})
-    row_ids: list[str] = table["row_id"].to_pylist()
-    return row_ids
-
-
-def _warmup_samples(
-    workspace: Workspace, pool: Manifest, row_ids: list[str], model: Any, path: str
-) -> tuple[FileRecord, int]:
-    wanted = pa.array(row_ids, pa.string())
-    skipped = skipped_rows(workspace, pool)
-    parts = []
-    for entry in pool.facts["shards"]:
-        table = read_pool_shard(workspace, pool, entry["shard"], columns=["row_id", "conversation"], skipped=skipped)
-        parts.append(table.filter(pc.is_in(table["row_id"], value_set=wanted)))
-    tokens, rejected = tokenize_shard(pa.concat_tables(parts), cached_tokeniser(model))
-    if tokens.num_rows == 0:
-        raise DataError(
-            f"warm-up: none of its {len(row_ids)} rows makes a sample; the first: {rejected.slice(0, 1).to_pylist()}. "
-            "Raise `model.max_tokens` or `warmup.fraction`, or look at the pool."
-        )
-    return workspace.write_table(path, tokens), rejected.num_rows

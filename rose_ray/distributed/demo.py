@@ -21,7 +21,7 @@ from rose_ray.demo.make import SWAPPED_TARGET, TARGET, DemoPaths, make_demo
 from rose_ray.distributed.job import RunResult
 from rose_ray.distributed.run import run_job
 from rose_ray.errors import StoreError
-from rose_ray.model.base import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
 from rose_ray.stages.report import result_lines
 from rose_ray.stores.workspace import Workspace

@@ -8,17 +8,18 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import ray
 
 from rose_ray.config.cluster import RayConfig
-from rose_ray.distributed.actors import ScoringActor, ScoringSpec, tokenize_task
-from rose_ray.distributed.gang import GangActor
+from rose_ray.distributed.actors import ScoringActor, ScoringSpec
+from rose_ray.distributed.gang import GangActor, released_gangs
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.roll import called_roll
-from rose_ray.distributed.session import carried_errors, is_verbose
+from rose_ray.distributed.session import is_verbose
+from rose_ray.distributed.tokens import tokenize_row
+from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError
 from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.features import find_shard, why_missing
@@ -72,7 +73,7 @@ def make_features(
         job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
     if missing:
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
-        with called_roll(job.config.ray.actors) as roll:
+        with called_roll(job.config.ray.actors) as roll, released_gangs(spec):
             num_halvings = _compute(replace(spec, roll=roll), pool, missing, skipped, job.config.ray)
             num_lost = ray.get(roll.num_lost.remote())
         if num_lost:
@@ -161,7 +162,7 @@ def _compute(
     num_rows = sum(entry["num_rows"] - entry["num_skipped"] for entry in entries)
     logger.info(f"features: {num_rows:,} rows in {len(entries):,} shards x {len(spec.checkpoints)} checkpoints")
     gang = settings.ranks_per_actor > 1
-    tokenize = functools.partial(_tokenize, spec=spec, pool_ref=[ray.put(pool)])
+    tokenize = functools.partial(tokenize_row, workspace=spec.workspace, model=spec.model, pool_ref=[ray.put(pool)])
     lines = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(tokenize, num_cpus=settings.cpus_per_task)
@@ -176,12 +177,11 @@ def _compute(
         )
     )
     progress, num_halvings = Progress("features", num_rows, "rows"), 0
-    for line in lines.iter_rows():
-        num_halvings += int(line["num_halvings"])
-        progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
+    needs = f"each of {settings.actors} actors needs {settings.cpus_per_actor * settings.ranks_per_actor:g} CPU"
+    if settings.gpus_per_actor:
+        needs += f" and {settings.gpus_per_actor * settings.ranks_per_actor:g} GPU"
+    with said_while_waiting(progress, f"{needs}, a reading task {settings.cpus_per_task:g} CPU"):
+        for line in lines.iter_rows():
+            num_halvings += int(line["num_halvings"])
+            progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
     return num_halvings
-
-
-def _tokenize(row: dict[str, Any], spec: ScoringSpec, pool_ref: list[Any]) -> dict[str, Any]:
-    with carried_errors():
-        return tokenize_task(row, spec, ray.get(pool_ref[0]))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rose_ray.config.target import TargetConfig
@@ -28,7 +29,8 @@ from rose_ray.distributed.session import root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.errors import ResourceError, RoseError
 from rose_ray.model.scoring import ScoringModel
-from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, read_samples, shard_parts
+from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, shard_parts
+from rose_ray.stages.tokens import read_samples
 from rose_ray.stores.workspace import FileRecord
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class Gang:
 
     def _placement(self) -> PlacementGroup:
         # Named after the coordinator: one that is started anew finds the group that its predecessor left.
-        name = f"rose-ray-gang-{ray.get_runtime_context().get_actor_id()}"
+        name = f"{self.spec.gang}-{ray.get_runtime_context().get_actor_id()}"
         bundle = {"CPU": self.spec.cpus} | ({"GPU": self.spec.gpus} if self.spec.gpus else {})
         try:
             found: PlacementGroup = get_placement_group(name)
@@ -151,6 +153,22 @@ class Gang:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+
+
+@contextmanager
+def released_gangs(spec: ScoringSpec) -> Iterator[None]:
+    """Remove the placement groups of the coordinators that have this specification, however they end.
+
+    Ray keeps a group that an actor made until its job ends, so the driver removes them: what comes next in the job
+    would wait for their resources.
+    """
+    try:
+        yield
+    finally:
+        groups = ray.util.placement_group_table().values() if spec.ranks > 1 else []
+        for group in groups:
+            if group["name"].startswith(f"{spec.gang}-") and group["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 class GangActor(ScoringActor):

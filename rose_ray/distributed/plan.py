@@ -15,7 +15,7 @@ from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
-from rose_ray.distributed.bank import BANK_BATCH_TOKENS, missing_banks, missing_bases, read_target_pairs
+from rose_ray.distributed.bank import BANK_BATCH_TOKENS, missing_banks, missing_bases
 from rose_ray.distributed.checkpoints import pinned_warmup
 from rose_ray.distributed.features import missing_features
 from rose_ray.distributed.ingest import ingest
@@ -35,10 +35,11 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import ConfigError, RoseError
-from rose_ray.model.base import with_absolute_paths
+from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import opened
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.plans import write_plan

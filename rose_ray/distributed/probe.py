@@ -13,8 +13,9 @@ import torch
 from rose_ray.config.model import ModelConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import BankActor, ScoringSpec, cached_tokeniser
+from rose_ray.distributed.actors import BankActor, ScoringSpec
 from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group
+from rose_ray.distributed.tokens import cached_tokeniser
 from rose_ray.distributed.training import WarmupJob, WarmupTrainer
 from rose_ray.kernels.influence import influence
 from rose_ray.kernels.projection import Projection
@@ -24,10 +25,11 @@ from rose_ray.model.layout import ParameterLayout
 from rose_ray.model.memory import memory_meter
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, reference_logps
 from rose_ray.stages.budget import MemoryNeed, memory_need
-from rose_ray.stages.features import shard_features, tokenize_shard
+from rose_ray.stages.features import shard_features
 from rose_ray.stages.plan import PoolTokens, num_positions
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.stored_features import normalized_features
+from rose_ray.stages.tokens import tokenize_shard
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.workspace import Workspace
 

@@ -10,9 +10,11 @@ from typing import Any
 import ray
 
 from rose_ray.config.selection import SelectionConfig
+from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import shown_progress
 from rose_ray.distributed.tasks import ScorePlan, score_targets, select_target
+from rose_ray.stages.clean import contamination_sources
 from rose_ray.stages.drift import drift
 from rose_ray.stages.drift_lines import short_drift
 from rose_ray.stages.score import SCORE_VERSION
@@ -88,17 +90,24 @@ def _score(job: Job, pool: Manifest, features: Mapping[str, Any], plans: Sequenc
         return list(ray.get(job.task(score_targets, *arguments, board)))
 
 
-def make_selections(job: Job, pool: Manifest) -> None:
+def make_selections(job: Job, pool: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> None:
     """Select for every target, and for the joint training set where one is configured."""
     for target in job.config.targets:
-        _select(job, pool, target.name, [target.name], target.selection)
+        _select(job, pool, target.name, [target.name], target.selection, pairs)
     joint = job.config.training_set
     if joint is not None:
         names = joint.targets or [target.name for target in job.config.targets]
-        _select(job, pool, "training_set", names, joint.selection)
+        _select(job, pool, "training_set", names, joint.selection, pairs)
 
 
-def _select(job: Job, pool: Manifest, name: str, targets: list[str], selection: SelectionConfig) -> None:
+def _select(
+    job: Job,
+    pool: Manifest,
+    name: str,
+    targets: list[str],
+    selection: SelectionConfig,
+    pairs: Mapping[str, Sequence[PreferencePair]],
+) -> None:
     started = time.monotonic()
     scores = [job.result.scores[target] for target in targets]
     made_from = {
@@ -106,13 +115,17 @@ def _select(job: Job, pool: Manifest, name: str, targets: list[str], selection: 
         "version": SELECT_VERSION,
         "scores": [m.key for m in scores],
         "targets": targets,
-        "selection": selection.model_dump(mode="json"),
+        "selection": selection.identity(),
     }
+    sources = contamination_sources(selection, [pair for target in targets for pair in pairs[target]])
+    if sources is not None:
+        made_from["test_text"] = sources.identity()
     folder = f"selections/{name}/{artefact_key(made_from)}"
     chosen = find_manifest(job.workspace, folder)
     reused = chosen is not None
     if chosen is None:
-        chosen = ray.get(job.task(select_target, job.workspace, pool, scores, name, selection, made_from, folder))
+        arguments = (job.workspace, pool, scores, name, selection, made_from, folder, sources)
+        chosen = ray.get(job.task(select_target, *arguments))
     assert chosen is not None
     before = latest_version(job.workspace, name)
     for folder in (f"selections/{name}", f"selections/{name}/history"):

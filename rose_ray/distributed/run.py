@@ -14,7 +14,7 @@ import ray
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.job import JobConfig
 from rose_ray.distributed.actors import device_of
-from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases, read_target_pairs
+from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
 from rose_ray.distributed.checkpoints import warm_up
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
@@ -24,8 +24,10 @@ from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
-from rose_ray.model.base import with_absolute_paths
+from rose_ray.model.tokenizer import with_absolute_paths
+from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.selection_check import check_selections
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import abandoned_before, opened
 from rose_ray.stores.leftovers import sweep_shared
 from rose_ray.stores.runs import last_run, write_run
@@ -100,6 +102,7 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     check_selections(job.config, pool.facts["sources"])
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
+    check_test_text(job.config)
     warmup = warm_up(job, pool, new_warmup)
     actor = ModelActor(job, warmup)
     try:
@@ -117,4 +120,4 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     if "score" in stages:
         make_scores(job, pool, warmup)
     if "select" in stages:
-        make_selections(job, pool)
+        make_selections(job, pool, pairs)

@@ -9,18 +9,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from rose_ray.config.selection import JointSelectionConfig, SelectionConfig
 from rose_ray.config.target import TargetConfig
-from rose_ray.errors import AccountingError, StoreError
+from rose_ray.errors import AccountingError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
+from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate, passed_over
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
 from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards
 from rose_ray.stages.score_table import ScoreTable
-from rose_ray.stages.select import chosen_rows, selection_summary, shards_of, training_jsonl, with_records
-from rose_ray.stores.features import checkpoint_file, find_shard, read_shard_features
+from rose_ray.stages.select import (
+    chosen_rows,
+    selection_summary,
+    shards_of,
+    training_jsonl,
+    with_conversations,
+    with_records,
+)
+from rose_ray.stages.shard_rows import read_shard_rows
+from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.read_ahead import depth_for, read_ahead
 from rose_ray.stores.spool import PlacedSpool
@@ -31,6 +41,7 @@ REJECTED_FILE = "rejected.parquet"
 SELECTED_FILE = "selected.parquet"
 JSONL_FILE = "selected.jsonl"
 SUMMARY_FILE = "summary.json"
+PASSED_OVER_FILE = "passed_over.parquet"
 CORRELATED_COLUMNS = ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
 """What would betray a score that follows a shortcut."""
 
@@ -73,7 +84,7 @@ def score_targets(
         scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
     with ExitStack() as stack:
         tables = [stack.enter_context(ScoreTable(scorer.subtasks, scorer.pairs)) for scorer in scorers]
-        score_shards(_reported(_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
+        score_shards(_reported(read_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
         return [
             _commit_scores(workspace, pool, features, plan, scorer, table, started)
             for plan, scorer, table in zip(plans, scorers, tables, strict=True)
@@ -114,27 +125,6 @@ def _commit_scores(
     )
 
 
-def _shard_rows(workspace: Workspace, pool: Manifest, features_key: str, names: Sequence[str]) -> Iterator[ShardRows]:
-    skipped = skipped_rows(workspace, pool)
-    entries = pool.facts["shards"]
-
-    def receipt_of(entry: Mapping[str, Any]) -> Manifest:
-        receipt = find_shard(workspace, features_key, entry["shard"], skipped.get(entry["shard"], []))
-        if receipt is None:
-            raise StoreError(f"shard {entry['shard']} has no features. Run `rose-ray features` first.")
-        return receipt
-
-    def read(entry: Mapping[str, Any]) -> ShardRows:
-        receipt = receipt_of(entry)
-        table = read_pool_entry(workspace, pool, entry, columns=["row_id", "source"], skipped=skipped)
-        stored = read_shard_features(workspace, receipt, names)
-        return ShardRows(entry["shard"], table["row_id"], table["source"], stored)
-
-    fullest = max(entries, key=lambda entry: int(entry["num_rows"]))
-    depth = depth_for(receipt_of(fullest).num_bytes)
-    return read_ahead((functools.partial(read, entry) for entry in entries), depth)
-
-
 def _reported(shards: Iterable[ShardRows], pool: Manifest, board: Any) -> Iterator[ShardRows]:
     if board is not None:
         board.set_total.remote(pool.counts["unique"])
@@ -152,6 +142,7 @@ def select_target(
     selection: SelectionConfig,
     made_from: dict[str, Any],
     folder: str,
+    sources: ContaminationSources | None = None,
 ) -> Manifest:
     """Select from one target's score table, or from several, and commit the training set.
 
@@ -162,6 +153,7 @@ def select_target(
         name: Of the target, or ``training_set``.
         selection: Budget, method, source rules.
         made_from, folder: Of the artefact.
+        sources: Test text for ``selection.decontaminate``.
     """
     started = time.monotonic()
     opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
@@ -171,17 +163,43 @@ def select_target(
         if isinstance(selection, JointSelectionConfig)
         else target_candidates(first, facts["subtasks"], pool.counts["unique"], facts.get("pairs", ()))
     )
-    positions = choose(candidates, selection)
+    gate = clean_gate(selection, sources, _texts(workspace, pool, first))
+    positions = choose(candidates, selection, gate)
     further = {column: functools.partial(first.numbers, column) for column in CORRELATED_COLUMNS}
     summary = {"target": name, **selection_summary(candidates, further, positions)}
     with PlacedSpool(SELECTED, "place", len(positions)) as selected:
         for rows in _selected_rows(workspace, pool, chosen_rows(candidates, positions)):
             selected.append(rows)
         files = _write_selection(workspace, folder, selected)
-    files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     counts = {"scored": summary["num_scored"], "selected": summary["num_selected"], "tokens": summary["num_tokens"]}
+    if gate is not None:
+        refused, summary["cleaning"] = passed_over(candidates, gate, positions)
+        counts |= {name: summary["cleaning"][name] for name in ("selectable", "near_duplicates", "contaminated")}
+        files.append(workspace.write_table(f"{folder}/{PASSED_OVER_FILE}", refused))
+    files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     made = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
     return commit_artefact(workspace, "select", made_from, files, counts, made, started=started, folder=folder)
+
+
+def _texts(workspace: Workspace, pool: Manifest, scores: Scores) -> ReadTexts:
+    """Read conversations of scored rows by their positions, a shard at a time."""
+    entries = {entry["shard"]: entry for entry in pool.facts["shards"]}
+    depth = depth_for(max(entry["record"]["num_bytes"] for entry in entries.values()))
+    columns = ["row_id", "conversation"]
+
+    def read_all(positions: np.ndarray) -> Iterator[tuple[int, str]]:
+        skipped = skipped_rows(workspace, pool)
+        rows = scores.rows(positions, ["row_id", "shard"]).append_column("position", pa.array(positions))
+
+        def read(shard: str, part: pa.Table) -> pa.Table:
+            return with_conversations(
+                part, read_pool_entry(workspace, pool, entries[shard], columns=columns, skipped=skipped)
+            )
+
+        for part in read_ahead((functools.partial(read, *each) for each in shards_of(rows)), depth):
+            yield from zip(part["position"].to_pylist(), part["conversation"].to_pylist(), strict=True)
+
+    return read_all
 
 
 def _selected_rows(workspace: Workspace, pool: Manifest, chosen: pa.Table) -> Iterator[pa.Table]:

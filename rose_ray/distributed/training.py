@@ -30,7 +30,7 @@ from rose_ray.model.checkpoint import (
 )
 from rose_ray.model.layout import adapter_parameters
 from rose_ray.model.scoring import pad_batch, sample_values
-from rose_ray.stages.features import read_samples
+from rose_ray.stages.tokens import read_samples
 from rose_ray.stages.warmup import MicroBatch, TrainingStep, plan_training
 from rose_ray.stores.workspace import FileRecord, Workspace
 

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rose_ray.config.job import JobConfig
-from rose_ray.distributed.bank import read_target_pairs
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.describe import describe_model
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.bank import encode_pairs
+from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.ingest import detect_file_format
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.workspace import Workspace
 
 
@@ -43,4 +44,5 @@ def validate_job(config: JobConfig) -> Iterator[str]:
         cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
         subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
         yield f"target {target.name}: {len(pairs)} pairs ({subtasks}), {cut} cut at {config.model.max_tokens} tokens"
+    check_test_text(config)
     yield "valid"

@@ -158,7 +158,7 @@ def bank_directions(
 
 def _pair_directions(objective: Objective, pairs: PairGradients, subtasks: Sequence[str]) -> Directions:
     names = tuple(pairs.pair_ids)
-    scale_w_V, scale_l_V = _scales(objective, pairs)
+    scale_w_V, scale_l_V = side_scales(objective, pairs)
     vectors_VD = scale_l_V[:, None] * pairs.g_l_VD - scale_w_V[:, None] * pairs.g_w_VD
     lengths_w_V, lengths_l_V = scale_w_V * pairs.norms_w_V, scale_l_V * pairs.norms_l_V
     squares_V = lengths_w_V**2 + lengths_l_V**2 - 2 * scale_w_V * scale_l_V * pairs.dots_wl_V
@@ -167,10 +167,17 @@ def _pair_directions(objective: Objective, pairs: PairGradients, subtasks: Seque
     return Directions(vectors_VD, names, tuple(subtasks), norms_V)
 
 
-def _scales(objective: Objective, pairs: PairGradients) -> tuple[Floats, Floats]:
-    """What the chosen and the rejected gradient of each pair are multiplied by."""
+def side_scales(objective: Objective, pairs: PairGradients) -> tuple[Floats, Floats]:
+    """What the chosen and the rejected gradient of each pair are multiplied by, [V] each.
+
+    A pair's direction is ``scale_l g_l - scale_w g_w``, the gradient of ``scale_l log p(l) - scale_w log p(w)``.
+    ``dpo_weighted`` points, pair by pair, as ``rose`` does, so its scales are those.
+
+    Raises:
+        NumericsError: ``rose_balanced`` meets a side without a gradient; the message names the pairs.
+    """
     ones_V = np.ones(len(pairs.pair_ids))
-    if objective == "rose":
+    if objective in ("rose", "dpo_weighted"):
         return ones_V, ones_V
     if objective == "rose_simpo":
         return 1 / pairs.tokens_w_V, 1 / pairs.tokens_l_V
@@ -182,7 +189,7 @@ def _scales(objective: Objective, pairs: PairGradients) -> tuple[Floats, Floats]
 
 
 def _subtask_directions(pairs: PairGradients, dpo_beta: float, subtasks: Sequence[str]) -> Directions:
-    weights_V = dpo_beta * _sigmoid(-_margins(pairs, dpo_beta))
+    weights_V = dpo_weights(pairs, dpo_beta)
     names = tuple(dict.fromkeys(subtasks))
     labels_V = np.asarray(subtasks, dtype=object)
     sums, norms = [], []
@@ -199,6 +206,15 @@ def _subtask_directions(pairs: PairGradients, dpo_beta: float, subtasks: Sequenc
         sums.append(total_D)
         norms.append(length)
     return Directions(np.array(sums).reshape(len(names), -1), names, names, np.array(norms))
+
+
+def dpo_weights(pairs: PairGradients, dpo_beta: float) -> Floats:
+    """Return ``dpo_beta sigma(-M)`` of each pair [V]: how strongly the DPO loss still pulls at it.
+
+    Raises:
+        ConfigError: Log-probabilities are missing.
+    """
+    return dpo_beta * _sigmoid(-_margins(pairs, dpo_beta))
 
 
 def _margins(pairs: PairGradients, dpo_beta: float) -> Floats:

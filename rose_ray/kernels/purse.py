@@ -125,6 +125,10 @@ class Purse:
                 keep[members[spent > self.costs_left[code]]] = False
         return order[keep]
 
+    def is_closed(self, position: int) -> bool:
+        """Whether the row's source gives no more rows."""
+        return self.rows_left.get(int(self.codes_N[position]), 1) <= 0
+
     def source_allows(self, position: int) -> bool:
         """Whether the row fits its source's quota; if not, the source is closed for good."""
         code = int(self.codes_N[position])
@@ -143,18 +147,24 @@ class Purse:
         if code in self.costs_left:
             self.costs_left[code] -= int(self.costs_N[position])
 
-    def check(self, chosen: Positions, ran_out: bool) -> None:
+    def check(self, chosen: Positions, ran_out: bool, num_refused: int = 0) -> None:
         """Refuse a selection that the budget does not describe.
+
+        Args:
+            chosen: Rows.
+            ran_out: Whether there were no more.
+            num_refused: Rows that a gate passed over.
 
         Raises:
             ConfigError: The budget asks for more than there is, or for less than a row.
         """
         spent = int(self.costs_N[chosen].sum())
         if ran_out and spent < self.limit:
+            refused = f" after {num_refused} near-duplicates or contaminated rows" if num_refused else ""
             raise ConfigError(
                 f"the budget asks for {self.limit} {self.unit}, but only {spent} can be selected: the pool "
                 f"has {len(self.costs_N)} rows, {int(self.eligible_N.sum())} in allowed sources, and quotas "
-                f"leave {len(chosen)}; lower the budget or loosen the source rules"
+                f"leave {len(chosen)}{refused}; lower the budget or loosen the source rules"
             )
         if not len(chosen):
             raise ConfigError(f"the budget of {self.limit} {self.unit} is smaller than the best row; raise the budget")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.tokenize import Tokeniser
-from rose_ray.model.base import attach_adapter, base_digest, load_base, load_tokeniser, resolve_base
+from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import ParameterLayout, layout_of
+from rose_ray.model.tokenizer import load_tokeniser, resolve_base
 
 
 @dataclass(frozen=True)

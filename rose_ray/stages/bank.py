@@ -6,8 +6,9 @@ is arithmetic on stored vectors. The gradient of the DPO loss (arXiv:2305.18290)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,11 @@ class EncodedPair:
     subtask: str
     chosen: Sample
     rejected: Sample
+
+
+def pairs_digest(pairs: Sequence[PreferencePair]) -> str:
+    """Return what a bank remembers of its pairs: SHA-256 of their ids, subtasks, texts and order, in hex."""
+    return hashlib.sha256(repr([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
 def encode_pairs(pairs: Sequence[PreferencePair], tokeniser: Tokeniser, target: TargetConfig) -> list[EncodedPair]:

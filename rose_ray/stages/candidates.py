@@ -18,7 +18,7 @@ from rose_ray.errors import AccountingError, ConfigError
 from rose_ray.kernels.aggregation import ScoreMode
 from rose_ray.kernels.budget import Budget, SourceRules, budget_count
 from rose_ray.kernels.purse import Sources
-from rose_ray.kernels.selection import ScoreColumns, choose_rows
+from rose_ray.kernels.selection import Gate, ScoreColumns, choose_rows
 
 
 class Scores:
@@ -157,8 +157,13 @@ def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int, aggregat
     )
 
 
-def choose(candidates: Candidates, selection: SelectionConfig) -> np.ndarray:
+def choose(candidates: Candidates, selection: SelectionConfig, gate: Gate | None = None) -> np.ndarray:
     """Return the positions of the selected rows in order of choice.
+
+    Args:
+        candidates: What is chosen from.
+        selection: How much, and how.
+        gate: Passes rows over; None for none.
 
     Raises:
         ConfigError: A source is unknown, or the budget exceeds what may be chosen from.
@@ -183,6 +188,7 @@ def choose(candidates: Candidates, selection: SelectionConfig) -> np.ndarray:
         sources=candidates.scores.sources() if rules.named() else None,
         rules=rules,
         equal_parts=selection.method == "equal_parts",
+        gate=gate,
     )
 
 

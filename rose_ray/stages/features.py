@@ -13,16 +13,16 @@ import pyarrow as pa
 from torch import Tensor
 
 from rose_ray.data.batches import DealtBatches
-from rose_ray.data.conversation import parse_conversation
-from rose_ray.data.tokenize import Sample, Tokeniser
-from rose_ray.errors import AccountingError, RowError
+from rose_ray.data.tokenize import Sample
+from rose_ray.errors import AccountingError
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.quantization import StoredType, quantize
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
 from rose_ray.model.scoring import ScoringModel
-from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
+from rose_ray.schemas import FEATURE_REJECTED, features_schema
 from rose_ray.stages.directions import BatchRunner, Directions, DirectionSettings
+from rose_ray.stages.tokens import read_samples
 
 FEATURES_VERSION = 2
 """Raised whenever the same input would give other numbers."""
@@ -49,28 +49,6 @@ class ShardFeatures:
     num_positions: int
     num_halvings: int
     max_batch_tokens: int
-
-
-def tokenize_shard(shard: pa.Table, tokeniser: Tokeniser) -> tuple[pa.Table, pa.Table]:
-    """Tokenise the rows of a shard.
-
-    Args:
-        shard: Columns ``row_id`` and ``conversation`` of schema ``SHARD``.
-        tokeniser: Of the base model.
-
-    Returns:
-        Samples (schema ``TOKENS``) and rows that make none (schema ``FEATURE_REJECTED``), both in the shard's order.
-    """
-    samples: list[dict[str, object]] = []
-    rejected: list[dict[str, str]] = []
-    for row_id, text in zip(shard["row_id"].to_pylist(), shard["conversation"].to_pylist(), strict=True):
-        try:
-            sample = tokeniser.encode(parse_conversation(text))
-        except RowError as error:
-            rejected.append({"row_id": row_id, "reason": error.reason, "detail": error.detail})
-        else:
-            samples.append({"row_id": row_id, **sample.__dict__})
-    return pa.Table.from_pylist(samples, schema=TOKENS), pa.Table.from_pylist(rejected, schema=FEATURE_REJECTED)
 
 
 def shard_features(
@@ -165,12 +143,6 @@ def assemble(
         parts.num_halvings,
         parts.max_batch_tokens,
     )
-
-
-def read_samples(tokens: pa.Table) -> list[Sample]:
-    """Return the samples of a ``TOKENS`` table."""
-    columns = (tokens[name].to_pylist() for name in ("input_ids", "loss_mask", "num_tokens_cut"))
-    return [Sample(ids, mask, cut) for ids, mask, cut in zip(*columns, strict=True)]
 
 
 @dataclass

@@ -67,9 +67,16 @@ def selection_lines(name: str, selection: Manifest) -> Iterator[str]:
     yield "  rank correlation of score with " + ", ".join(
         f"{key.removeprefix('num_').replace('_', ' ')} {value:+.2f}" for key, value in correlations.items()
     )
+    cleaning = summary.get("cleaning")
+    if cleaning is not None:
+        yield (
+            f"  passed over: {cleaning['near_duplicates']:,} near-duplicates and {cleaning['contaminated']:,} "
+            f"contaminated rows; texts of {cleaning['looked_at']:,} rows were looked at"
+        )
     for warning in summary["warnings"]:
         yield f"  warning: {warning}"
-    yield f"  {selection.folder}/selected.jsonl, selected.parquet, summary.json"
+    further = ", passed_over.parquet" if cleaning is not None else ""
+    yield f"  {selection.folder}/selected.jsonl, selected.parquet, summary.json{further}"
 
 
 def status_lines(workspace: Workspace) -> Iterator[str]:

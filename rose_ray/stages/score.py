@@ -77,7 +77,7 @@ def target_directions(banks: Sequence[pa.Table], target: TargetConfig) -> list[D
     return [
         bank_directions(
             target.objective,
-            _pair_gradients(bank),
+            stored_pair_gradients(bank),
             dpo_beta=target.dpo_beta,
             subtasks=bank["subtask"].to_pylist(),
             normalize=target.normalize,
@@ -268,7 +268,9 @@ def _check_finite(rows: ScorableRows, scores_N: np.ndarray) -> None:
         )
 
 
-def _pair_gradients(bank: pa.Table) -> PairGradients:
+def stored_pair_gradients(bank: pa.Table) -> PairGradients:
+    """Return what a table of ``bank_schema`` knows of its pairs, for the objectives."""
+
     def vectors(name: str) -> np.ndarray:
         dim = bank.schema.field(name).type.list_size
         flat = pa.concat_arrays(bank[name].chunks).flatten().to_numpy(zero_copy_only=False)

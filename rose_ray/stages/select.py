@@ -70,16 +70,25 @@ def with_records(chosen: pa.Table, shard: pa.Table) -> pa.Table:
     Raises:
         AccountingError: The shard lacks a row.
     """
-    places = pc.index_in(chosen["row_id"], value_set=shard["row_id"])
+    return _joined(chosen, shard, ["conversation", "record"]).select(SELECTED.names).cast(SELECTED)
+
+
+def with_conversations(rows: pa.Table, shard: pa.Table) -> pa.Table:
+    """Return rows of one shard with their ``conversation``; arguments and errors are those of `with_records`."""
+    return _joined(rows, shard, ["conversation"])
+
+
+def _joined(rows: pa.Table, shard: pa.Table, columns: list[str]) -> pa.Table:
+    places = pc.index_in(rows["row_id"], value_set=shard["row_id"])
     if places.null_count:
         raise AccountingError(
-            f"shard {chosen['shard'][0]}: {places.null_count} of {chosen.num_rows} selected rows are not in it. "
+            f"shard {rows['shard'][0]}: {places.null_count} of {rows.num_rows} selected rows are not in it. "
             "The score table belongs to another pool; run again."
         )
-    texts = shard.select(["conversation", "record"]).take(places)
-    for name in texts.column_names:
-        chosen = chosen.append_column(name, texts[name])
-    return chosen.select(SELECTED.names).cast(SELECTED)
+    texts = shard.select(columns).take(places)
+    for name in columns:
+        rows = rows.append_column(name, texts[name])
+    return rows
 
 
 def training_jsonl(selected: pa.Table) -> bytes:

@@ -1,7 +1,8 @@
 """What no kept selection needs: found by following manifests from what is kept, removed a manifest at a time.
 
-Kept are the newest versions of every target's selection, what is latest, what the last finished run made or found, and
-whatever those were made from. Only folders that a run makes are looked at; anything else in a workspace stays.
+Kept are the newest versions of every target's selection, what is latest, what the last finished run and later ones made
+or found, and whatever those were made from. So is what was written after the last finished run: a run that was killed
+left it and goes on from it. Only folders that a run makes are looked at; anything else in a workspace stays.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from pyarrow import fs
 
 from rose_ray.stores.history import SELECTIONS, latest_version, selected_names, versions
 from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, read_manifest
-from rose_ray.stores.runs import finished_runs
+from rose_ray.stores.runs import finished_runs, since_last_finished
 from rose_ray.stores.workspace import Workspace
 
-FLAT = ("ingest", "pool", "warmup", "basis", "bank")
-"""Kinds whose artefacts lie at ``KIND/KEY``."""
-
-NAMED = ("scores", SELECTIONS)
+NAMED = (SELECTIONS, "scores")
 """Kinds whose artefacts lie at ``KIND/TARGET/KEY``."""
+
+FLAT = ("bank", "basis", "warmup", "pool", "ingest")
+"""Kinds whose artefacts lie at ``KIND/KEY``. Each kind is made from later ones, the features between both lists."""
 
 FEATURES = "features"
 """Their shards lie at ``features/KEY/SHARD``, each an artefact."""
@@ -37,15 +39,17 @@ class Garbage:
         kind: Of artefact.
         folder: Relative to the workspace.
         num_bytes: Of all files in it.
+        unfinished: Written after the last finished run, so it stays unless asked for.
     """
 
     kind: str
     folder: str
     num_bytes: int
+    unfinished: bool = False
 
 
 def find_garbage(workspace: Workspace, keep: int) -> list[Garbage]:
-    """Return the folders that nothing kept needs.
+    """Return the folders that nothing kept needs, what is made from others before them.
 
     Args:
         workspace: Where.
@@ -57,8 +61,9 @@ def find_garbage(workspace: Workspace, keep: int) -> list[Garbage]:
     """
     needed = _needed(workspace, keep)
     shards = _needed_shards(workspace, needed)
+    finished_at, _ = since_last_finished(workspace)
     return [
-        Garbage(kind, folder, _size(workspace, folder))
+        _garbage(workspace, kind, folder, finished_at)
         for kind, folder in _artefacts(workspace, needed)
         if folder not in needed and folder not in shards
     ]
@@ -84,14 +89,14 @@ def _drop_pins(workspace: Workspace, folder: str) -> None:
 
 
 def _artefacts(workspace: Workspace, needed: set[str]) -> Iterator[tuple[str, str]]:
-    for kind in FLAT:
-        yield from ((kind, folder) for folder in _folders(workspace, kind))
     for kind in NAMED:
         for target in _folders(workspace, kind):
             yield from ((kind, folder) for folder in _folders(workspace, target))
     for space in _folders(workspace, FEATURES):
         # Of a space that is needed, the shards that no kept pool holds.
         yield from ((FEATURES, folder) for folder in (_folders(workspace, space) if space in needed else [space]))
+    for kind in FLAT:
+        yield from ((kind, folder) for folder in _folders(workspace, kind))
 
 
 def _folders(workspace: Workspace, path: str) -> list[str]:
@@ -102,6 +107,8 @@ def _needed(workspace: Workspace, keep: int) -> set[str]:
     """Return the folders of everything kept, and of what it was made from; of features, their key's folder."""
     waiting = [folder for name in selected_names(workspace) for folder in _kept_versions(workspace, name, keep)]
     waiting += [stage["folder"] for run in finished_runs(workspace)[-1:] for stage in run["stages"]]
+    later = (stage["folder"] for run in since_last_finished(workspace)[1] for stage in run["stages"])
+    waiting += [folder for folder in later if _is_there(workspace, folder)]
     needed: set[str] = set()
     while waiting:
         folder = waiting.pop()
@@ -117,7 +124,11 @@ def _kept_versions(workspace: Workspace, name: str, keep: int) -> set[str]:
     latest = latest_version(workspace, name)
     kept = versions(workspace, name)[-max(1, keep) :] + ([latest] if latest else [])
     # One whose files were removed before has nothing left to keep.
-    return {each.folder for each in kept if workspace.exists(f"{each.folder}/{MANIFEST_FILE}")}
+    return {each.folder for each in kept if _is_there(workspace, each.folder)}
+
+
+def _is_there(workspace: Workspace, folder: str) -> bool:
+    return folder.startswith(f"{FEATURES}/") or workspace.exists(f"{folder}/{MANIFEST_FILE}")
 
 
 def _made_from(manifest: Manifest) -> list[str]:
@@ -146,6 +157,9 @@ def _needed_shards(workspace: Workspace, needed: set[str]) -> set[str]:
     return {f"{folder}/{name}" for folder in needed if folder.startswith(f"{FEATURES}/") for name in names}
 
 
-def _size(workspace: Workspace, folder: str) -> int:
+def _garbage(workspace: Workspace, kind: str, folder: str, finished_at: datetime | None) -> Garbage:
     selector = fs.FileSelector(workspace.location(folder).path, recursive=True)
-    return sum(info.size or 0 for info in workspace.root.filesystem.get_file_info(selector) if info.is_file)
+    files = [info for info in workspace.root.filesystem.get_file_info(selector) if info.is_file]
+    # Storage that keeps no times cannot tell, so nothing there counts as old.
+    unfinished = finished_at is None or any(info.mtime is None or info.mtime > finished_at for info in files)
+    return Garbage(kind, folder, sum(info.size or 0 for info in files), unfinished)

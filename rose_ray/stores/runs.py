@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from rose_ray.stores.versions import package_versions, utc_now
@@ -70,6 +71,20 @@ def last_run(workspace: Workspace) -> dict[str, Any] | None:
 def finished_runs(workspace: Workspace) -> list[dict[str, Any]]:
     """Return the records of all runs that ended well, oldest first."""
     return [run for run in map(workspace.read_json, _paths(workspace)) if run["outcome"] == "finished"]
+
+
+def since_last_finished(workspace: Workspace) -> tuple[datetime | None, list[dict[str, Any]]]:
+    """Return when the last run that ended well was recorded, by the storage's clock, and the records after it.
+
+    Without such a run the time is None and every record is returned.
+    """
+    later: list[dict[str, Any]] = []
+    for path in reversed(_paths(workspace)):
+        content = workspace.read_json(path)
+        if content["outcome"] == "finished":
+            return workspace.modified_at(path), later
+        later.append(content)
+    return None, later
 
 
 def last_stage(workspace: Workspace, stage: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -159,6 +160,11 @@ class Workspace:
 
     def _info(self, path: str) -> fs.FileInfo:
         return self.root.filesystem.get_file_info(self.location(path).path)
+
+    def modified_at(self, path: str) -> datetime | None:
+        """When a file was last written, by the storage's clock; None where it keeps no times."""
+        when: datetime | None = self._info(path).mtime
+        return when
 
     def list_folder(self, path: str, *, recursive: bool = False) -> list[str]:
         """Return the files and folders below ``path``, relative to the workspace, sorted; [] where it is missing."""

@@ -7,34 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 
 from rose_ray.stores.verify import verify
 from rose_ray.stores.workspace import Workspace
+from tests.buckets import local_bucket
 from tests.chaos.disturbed import finish, receipts, started, tables, wait_for, write_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
-
 
 @pytest.fixture
-def bucket(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+def bucket(inputs: Path) -> Iterator[tuple[Any, str]]:
     """A client, and the options of URIs; the pool lies at ``s3://chaos/pool``."""
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="chaos")
-    for name in ("m.jsonl", "n.jsonl"):
-        client.upload_file(str(inputs / name), "chaos", f"pool/{name}")
-    yield client, f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
+    with local_bucket("chaos") as (client, options):
+        for name in ("m.jsonl", "n.jsonl"):
+            client.upload_file(str(inputs / name), "chaos", f"pool/{name}")
+        yield client, options
 
 
 def keys(client: Any, below: str) -> list[str]:

@@ -23,19 +23,42 @@ def crd_schema(kind: str) -> dict[str, Any]:
     definition = yaml.safe_load(gzip.decompress(path.read_bytes()))
     (version,) = (each for each in definition["spec"]["versions"] if each["name"] == "v1")
     schema = _strict(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"]["metadata"] = _METADATA
     return schema
 
 
-def _strict(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_strict(each) for each in node]
-    if not isinstance(node, dict):
-        return node
-    made = {key: _strict(value) for key, value in node.items() if key not in ("format", "default")}
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_METADATA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"},
+        "namespace": {"type": "string"},
+        "labels": _TEXTS,
+        "annotations": _TEXTS,
+    },
+}
+"""What a manifest says of itself; the definitions leave it open."""
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema of Kubernetes's kind as a JSON Schema that allows no unknown key.
+
+    What is under ``properties`` is a map of names, some of which, like ``format``, are keywords elsewhere.
+    """
+    made = {key: value for key, value in schema.items() if key not in ("format", "default")}
+    if isinstance(made.get("properties"), dict):
+        made["properties"] = {name: _strict(each) for name, each in made["properties"].items()}
+        if not made.get("x-kubernetes-preserve-unknown-fields"):
+            made.setdefault("additionalProperties", False)
+    for key in ("items", "additionalProperties", "not"):
+        if isinstance(made.get(key), dict):
+            made[key] = _strict(made[key])
+    for key in ("allOf", "anyOf", "oneOf"):
+        if key in made:
+            made[key] = [_strict(each) for each in made[key]]
     if made.pop("x-kubernetes-int-or-string", False):
         made.pop("type", None)
         made["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    if isinstance(made.get("properties"), dict) and not made.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
     return made

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 NUM_CPUS = 2
 """What the cluster has, whatever the machine has."""
+_KEEP_IDLE_WORKERS = {"num_workers_soft_limit": 12, "idle_worker_killing_time_threshold_ms": 600_000}
+"""Between two runs of a test session workers wait instead of ending: importing torch is most of a small run."""
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def local_ray() -> Iterator[None]:
         include_dashboard=True,
         logging_level="ERROR",
         log_to_driver=False,
+        _system_config=_KEEP_IDLE_WORKERS,
         runtime_env={"env_vars": worker_environment(RayConfig())},
     )
     try:

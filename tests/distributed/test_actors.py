@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import ray
 
-from rose_ray.distributed.actors import ScoringActor, tokenize_task
+from rose_ray.distributed.actors import ScoringActor
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.resources import Node, check_resources
 from rose_ray.distributed.run import run_job
+from rose_ray.distributed.tokens import tokenize_task
 from rose_ray.errors import ResourceError
 from rose_ray.stages.pool import skipped_rows
 from tests.distributed.conftest import FinishedJob
@@ -36,7 +37,7 @@ def test_two_actors_make_the_bytes_of_one(finished: FinishedJob, copied: Path) -
     done = []
     for number, entry in enumerate(pool.facts["shards"]):  # in turns, so that both have worked
         row = {"shard": entry["shard"], "skipped": skipped.get(entry["shard"], []), "spaces": [0]}
-        tokens = tokenize_task(row, spec, pool)
+        tokens = tokenize_task(row, spec.workspace, spec.model, pool)
         batch = {key: np.array([value, None], dtype=object)[:1] for key, value in tokens.items()}
         done.append(actors[number % 2].__call__.remote(batch))
     ray.get(done)

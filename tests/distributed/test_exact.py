@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,23 @@ through sums over some 1,500 parameters."""
 
 UNPROJECTED = ["gradients.projection.kind=none", "gradients.stored_dtype=float32"]
 OBJECTIVES = ("rose", "rose_simpo", "less", "dpo_weighted")
+
+
+@pytest.fixture(scope="module")
+def unprojected(finished: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished job's workspace with unprojected features beside its own. Not to be written to."""
+    workspace = tmp_path_factory.mktemp("unprojected") / "workspace"
+    shutil.copytree(finished.workspace, workspace)
+    _run(finished, workspace, UNPROJECTED)
+    return workspace
+
+
+@pytest.fixture
+def copied(unprojected: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(unprojected, workspace)
+    return workspace
 
 
 def _run(finished: FinishedJob, workspace: Path, overrides: Sequence[str]) -> RunResult:
@@ -88,13 +106,11 @@ def test_one_pass_makes_both_and_a_new_target_is_scored_from_the_features(finish
 def test_stored_forms_and_deflation_keep_the_order(finished: FinishedJob, copied: Path) -> None:
     exact = _scores(copied, _run(finished, copied, UNPROJECTED), "alpha")
 
-    def order(*overrides: str) -> float:
-        found = _scores(copied, _run(finished, copied, ["gradients.projection.dim=1024", *overrides]), "alpha")
+    def order(stored_dtype: str) -> float:
+        settings = ["gradients.projection.dim=1024", f"gradients.stored_dtype={stored_dtype}"]
+        found = _scores(copied, _run(finished, copied, settings), "alpha")
         return spearman(np.array([found[key] for key in exact]), np.array(list(exact.values())))
 
-    whole = order("gradients.stored_dtype=float32")
-    # measured: rounding to 8 bits is far below the sketch's own error; signs alone about double it
-    assert whole > 0.95
-    assert order("gradients.stored_dtype=int8") > whole - 0.01
-    assert order("gradients.stored_dtype=bit1") > whole - 0.1
-    assert order("gradients.projection.deflate=false") > 0.9
+    # measured: rounding to 8 bits is far below the sketch's own error (0.95 in float32); signs alone about double it
+    assert order("int8") > 0.94
+    assert order("bit1") > 0.85

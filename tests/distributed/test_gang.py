@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.engine import check_offload
@@ -19,6 +20,7 @@ from rose_ray.distributed.run import run_job
 from rose_ray.errors import ConfigError, ResourceError
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.reading import made_stages
+from tests.distributed.session import NUM_CPUS
 from tests.distributed.tiny import tiny_content
 
 SETTINGS = [
@@ -69,6 +71,10 @@ def test_a_gang_scores_as_one_process_does(finished: FinishedJob, plain: dict[st
     assert found["row_id"].tolist() == plain["row_id"].tolist()
     np.testing.assert_allclose(found["score"], plain["score"], atol=SCORE_BOUND)
     np.testing.assert_allclose(found["gradient_norm"], plain["gradient_norm"], rtol=1e-5)
+    deadline = time.monotonic() + 30  # what is killed is gone a little later
+    while ray.available_resources().get("CPU") != NUM_CPUS:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
 
 
 def kill_a_rank(workspace: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 from typer.testing import CliRunner
 
 from rose_ray.cli import app
@@ -22,6 +23,7 @@ from rose_ray.stages.restore import restore_version
 from rose_ray.stores.garbage import find_garbage, remove
 from rose_ray.stores.history import find_version, latest_version, make_latest, read_version, versions
 from rose_ray.stores.workspace import Workspace
+from tests.buckets import local_bucket
 from tests.distributed import tiny
 from tests.distributed.conftest import FinishedJob, GrownJob
 from tests.distributed.reading import digests, made_stages
@@ -160,6 +162,32 @@ def test_an_interrupted_collection_leaves_nothing_half_that_counts(job: Copy) ->
     assert made_stages(run_job(job.config).stages) == []
     list(remove(workspace, find_garbage(workspace, keep=1)))
     assert find_garbage(workspace, keep=1) == []
+
+
+def test_what_an_unfinished_run_left_stays_unless_asked_for(job: Copy) -> None:
+    workspace = job.workspace
+    workspace.write("features/0123456789abcdef/shard/checkpoint-1.parquet", b"paid for")
+    (left,) = [each for each in find_garbage(workspace, keep=1) if each.unfinished]
+    assert left.folder == "features/0123456789abcdef"
+    assert "--unfinished" in "\n".join(collect_garbage(workspace, 1, delete=True))
+    assert find_garbage(workspace, keep=1) == [left]
+    list(collect_garbage(workspace, 1, delete=True, unfinished=True))
+    assert find_garbage(workspace, keep=1) == []
+
+
+def test_in_a_bucket_it_is_the_same(job: Copy) -> None:
+    with local_bucket("history") as (_, options):
+        there = Workspace.open(f"s3://history/workspace{options}", create=True)
+        fs.copy_files(str(job.path), there.root.path, destination_filesystem=there.root.filesystem)
+        _check_the_same(there, job.workspace)
+
+
+def _check_the_same(there: Workspace, here: Workspace) -> None:
+    assert [versions(there, name) for name in ("alpha", "beta")] == [versions(here, name) for name in ("alpha", "beta")]
+    garbage = [(each.folder, each.num_bytes) for each in find_garbage(there, keep=1)]
+    assert garbage == [(each.folder, each.num_bytes) for each in find_garbage(here, keep=1)] != []
+    list(collect_garbage(there, 1, delete=True, unfinished=True))
+    assert find_garbage(there, keep=1) == []
 
 
 def test_commands(job: Copy, tmp_path: Path) -> None:

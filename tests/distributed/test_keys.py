@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from rose_ray.config.changes import STAGES, recomputed_stages
-from rose_ray.distributed.bank import bank_made_from, read_target_pairs
+from rose_ray.distributed.bank import bank_made_from
 from rose_ray.distributed.checkpoints import _warmup_settings
 from rose_ray.distributed.job import Job
 from rose_ray.model.describe import describe_model
+from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.workspace import Workspace
 from tests.distributed.tiny import tiny_job, write_inputs

@@ -1,15 +1,17 @@
-"""The line of progress: what it says, and how often, on a terminal and in a log. No Ray."""
+"""The line of progress: what it says, and how often, on a terminal and in a log; and what is said without any."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
+import time
 
 import pytest
 
 from rose_ray.distributed import progress
 from rose_ray.distributed.progress import Progress
+from rose_ray.distributed.waiting import said_while_waiting
 
 
 class Clock:
@@ -84,3 +86,14 @@ def test_all_at_once(clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     caplog.set_level(logging.INFO, logger="rose_ray")
     Progress("features", 3, "rows").advance(3)
     assert caplog.messages == ["features: 3/3 rows, 0.0/s, took 0:00"]
+
+
+@pytest.mark.ray
+def test_a_stage_that_waits_says_what_is_free(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="rose_ray")
+    shown = Progress("features", 10, "rows")
+    with said_while_waiting(shown, "an actor needs 1 CPU", seconds=0.5):
+        time.sleep(0.8)
+    line = caplog.messages[0]
+    assert line.startswith("features: nothing finished in 0.5 s; free on the cluster: ")
+    assert line.endswith("of 2 CPU; an actor needs 1 CPU")

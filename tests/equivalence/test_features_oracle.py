@@ -14,11 +14,12 @@ from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.directions import DirectionSettings
-from rose_ray.stages.features import read_samples, shard_features, tokenize_shard
+from rose_ray.stages.features import shard_features
+from rose_ray.stages.tokens import read_samples, tokenize_shard
 from tests import oracles
 
 FLOAT32_ENTRY = 3e-7

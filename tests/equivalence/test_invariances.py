@@ -22,9 +22,9 @@ from rose_ray.errors import NumericsError, PairError
 from rose_ray.kernels.correlation import spearman
 from rose_ray.kernels.influence import checkpoint_weights
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients
 from rose_ray.stages.directions import DirectionSettings

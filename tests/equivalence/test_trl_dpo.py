@@ -16,9 +16,9 @@ from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.filesystem import locate
 from rose_ray.kernels.losses import dpo_loss, dpo_margin, token_logps
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.base import load_tokeniser
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import layout_of
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients
 from rose_ray.stages.score import target_directions
 from tests import oracles

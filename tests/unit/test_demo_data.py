@@ -31,7 +31,7 @@ from rose_ray.demo.make import (
 )
 from rose_ray.demo.matching import answer_lengths, drafts_of_length
 from rose_ray.demo.vocabulary import ROOMS, all_tasks
-from rose_ray.model.base import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser
 
 NUM_DRAFTS = 600  # enough for a tokenizer and a model that has begun to learn, in about two seconds
 SEED = 0

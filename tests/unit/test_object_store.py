@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rose_ray.errors import DataError, LeaseError, StoreError
 from rose_ray.exclusive import create_exclusively
@@ -17,29 +15,20 @@ from rose_ray.stages.pool import read_pool_shard, settle_pool
 from rose_ray.stores.lease import held
 from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
+from tests.buckets import local_bucket
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    patch = pytest.MonkeyPatch()
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        patch.setenv(key, "testing")
-    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="pool")
-    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    for name, numbers in (("a", range(5)), ("b", range(3, 8))):
-        rows = [
-            {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in numbers
-        ]
-        body = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        client.put_object(Bucket="pool", Key=f"rows/{name}.jsonl", Body=body)
-    yield lambda path: f"s3://pool/{path}{options}"
-    server.stop()
-    patch.undo()
+    with local_bucket("pool") as (client, options):
+        for name, numbers in (("a", range(5)), ("b", range(3, 8))):
+            rows = [
+                {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}
+                for n in numbers
+            ]
+            body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            client.put_object(Bucket="pool", Key=f"rows/{name}.jsonl", Body=body)
+        yield lambda path: f"s3://pool/{path}{options}&allow_bucket_creation=true"
 
 
 def test_pool_and_workspace_live_in_a_bucket(bucket):

@@ -20,7 +20,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import ModelError, PairError
 from rose_ray.kernels.adam import AdamState, adam_direction
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.base import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.stored_features import normalized_features
 
 END = 2

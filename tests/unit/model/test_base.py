@@ -16,16 +16,9 @@ from tokenizers import AddedToken
 from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE
 from rose_ray.errors import ModelError
-from rose_ray.model.base import (
-    attach_adapter,
-    base_digest,
-    chat_template,
-    load_base,
-    load_tokeniser,
-    load_tokenizer,
-    resolve_base,
-)
+from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import adapter_parameters, layout_of
+from rose_ray.model.tokenizer import chat_template, load_tokeniser, load_tokenizer, resolve_base
 from tests.tiny import CHAT_TEMPLATE
 
 

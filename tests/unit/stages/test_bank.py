@@ -17,10 +17,11 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.errors import NonFiniteError, PairError
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.base import attach_adapter, load_base, load_tokeniser
+from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import bank_schema
 from rose_ray.stages.bank import encode_pairs, pair_gradients, reference_logps
 from tests import oracles

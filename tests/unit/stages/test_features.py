@@ -17,13 +17,15 @@ from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.projection import make_projection
 from rose_ray.kernels.quantization import StoredType
-from rose_ray.model.base import attach_adapter, load_base, load_tokeniser
+from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
-from rose_ray.stages.features import ShardFeatures, read_samples, shard_features, tokenize_shard
+from rose_ray.stages.features import ShardFeatures, shard_features
+from rose_ray.stages.tokens import read_samples, tokenize_shard
 from tests import oracles
 from tests.tiny import make_samples
 

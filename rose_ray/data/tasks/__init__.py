@@ -1,0 +1,1 @@
+"""Labelled data of ordinary tasks, and the preference pairs made from it."""
