@@ -65,6 +65,28 @@ FEATURE_REJECTED = pa.schema(
 )
 
 
+LENGTHS = pa.schema(
+    [
+        _column("row_id", pa.string(), "row"),
+        _column("num_tokens", pa.int32(), "tokens after cutting"),
+        _column("num_labelled_tokens", pa.int32(), "tokens that carry loss"),
+        _column("num_tokens_cut", pa.int32(), "tokens cut off at the limit"),
+    ],
+    metadata={"table": "lengths", "version": "1"},
+)
+
+
+def shard_scores_schema(width: int) -> pa.Schema:
+    """Schema of a method's scores of one shard. ``width``: columns of the method."""
+    return pa.schema(
+        [
+            _column("row_id", pa.string(), "row"),
+            _column("values", pa.list_(pa.float64(), width), "a number a subtask, or a pair, or one; higher is better"),
+        ],
+        metadata={"table": "shard_scores", "version": "1"},
+    )
+
+
 STORED_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "bit1": pa.uint8()}
 """Arrow type of a stored number of a feature; ``bit1`` has eight in one."""
 
@@ -137,15 +159,15 @@ def scores_schema(subtasks: Sequence[str], pairs: Sequence[str] = ()) -> pa.Sche
             _column("source", pa.string(), "source of the row"),
             _column("num_tokens", pa.int32(), "tokens after cutting"),
             _column("num_labelled_tokens", pa.int32(), "tokens that carry loss"),
-            _column("gradient_norm", pa.float32(), "length of the direction, mean over checkpoints"),
-            _column("momentum_share", pa.float32(), "mean over checkpoints"),
+            _column("gradient_norm", pa.float32(), "length of the direction, mean over checkpoints", nullable=True),
+            _column("momentum_share", pa.float32(), "mean over checkpoints", nullable=True),
             *(_column(f"subtask_{name}", pa.float32(), f"influence on subtask {name}") for name in subtasks),
             *(_column(f"pair_{pair}", pa.float32(), f"influence on pair {pair}") for pair in pairs),
             _column("score", pa.float32(), "aggregated over subtasks; higher helps more"),
             _column("rank", pa.int64(), "1 is best; ties by row_id"),
             _column("shard", pa.string(), "shard that holds the row"),
         ],
-        metadata={"table": "scores", "version": "1"},
+        metadata={"table": "scores", "version": "2"},
     )
 
 

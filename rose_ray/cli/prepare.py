@@ -75,5 +75,5 @@ def plan(
     from rose_ray.stages.plan_lines import plan_lines
 
     made = plan_job(loaded, probe_rows=probe)
-    for line in plan_lines(made.tokens, made.work, made.rates, made.plan, made.num_shards):
+    for line in plan_lines(made.tokens, made.work, made.rates, made.plan, made.num_shards, made.others):
         typer.echo(line)

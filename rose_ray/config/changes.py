@@ -23,6 +23,8 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "lora": ("warmup", *_AFTER_WARMUP),
     "pool": ("ingest", "features", *_REDUCED),
     "targets": ("bank", *_REDUCED),
+    "targets.method": ("warmup", *_AFTER_WARMUP),
+    "targets.method_options": _REDUCED,
     "targets.objective": _REDUCED,
     "targets.normalize": _REDUCED,
     "targets.aggregation": _REDUCED,

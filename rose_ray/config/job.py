@@ -80,4 +80,14 @@ class JobConfig(Strict):
 
     def is_exact(self, target: TargetConfig) -> bool:
         """Whether a target is scored by exact inner products."""
-        return target.exact or self.gradients.projection.kind == "exact"
+        return target.uses_gradients and (target.exact or self.gradients.projection.kind == "exact")
+
+    @property
+    def gradient_targets(self) -> list[TargetConfig]:
+        """The targets that warm-up, bank and features are for."""
+        return [target for target in self.targets if target.uses_gradients]
+
+    @property
+    def method_targets(self) -> list[TargetConfig]:
+        """The targets that a method of `rose_ray.methods` scores."""
+        return [target for target in self.targets if not target.uses_gradients]

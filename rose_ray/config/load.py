@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from rose_ray.config.credentials import refuse_credentials
 from rose_ray.config.job import JobConfig
+from rose_ray.config.method import GRADIENT_METHODS
+from rose_ray.config.numbers import with_floats
 from rose_ray.config.presets import PRESETS
 from rose_ray.errors import ConfigError
 
@@ -61,7 +63,7 @@ def parse_config(content: Any, overrides: Sequence[str] = (), *, name: str = "co
     if isinstance(preset, str) and preset in PRESETS:
         content = _under(PRESETS[preset], content)
     try:
-        return JobConfig.model_validate(_floats(content, JobConfig))
+        return JobConfig.model_validate(with_floats(content, JobConfig))
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{name}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from error
@@ -101,12 +103,12 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
 
 
 def _under(preset: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    # A preset's entry for `targets` is a mapping that goes under every target.
+    # A preset's entry for `targets` is a mapping that goes under every target that it can be said of.
     merged: dict[str, Any] = dict(content)
     for key, value in preset.items():
         given = content.get(key)
         if key == "targets" and isinstance(given, list):
-            merged[key] = [_under(value, item) if isinstance(item, dict) else item for item in given]
+            merged[key] = [_under(value, item) if _is_of_gradients(item) else item for item in given]
         elif isinstance(value, Mapping):
             merged[key] = _under(value, given if isinstance(given, dict) else {})
         elif key not in content:
@@ -114,24 +116,8 @@ def _under(preset: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def _floats(content: Any, model: Any) -> Any:
-    """Let YAML's ``1`` and ``2e-5`` (text to YAML 1.1) stand for floats where a float is expected."""
-    if isinstance(model, type) and issubclass(model, BaseModel) and isinstance(content, dict):
-        fields = model.model_fields
-        return {k: _floats(v, fields[k].annotation) if k in fields else v for k, v in content.items()}
-    arguments = get_args(model)
-    if isinstance(content, list):
-        return [_floats(item, arguments[0]) if arguments else item for item in content]
-    if isinstance(content, dict) and get_origin(model) is dict:
-        return {k: _floats(v, arguments[1]) for k, v in content.items()}
-    if isinstance(content, dict) and arguments:
-        return _floats(content, next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None))
-    if "float" in str(model) and isinstance(content, int | str) and not isinstance(content, bool):
-        try:
-            return float(content)
-        except ValueError:
-            return content
-    return content
+def _is_of_gradients(target: Any) -> bool:
+    return isinstance(target, dict) and target.get("method", "rose") in GRADIENT_METHODS
 
 
 def _explain(problem: Any) -> str:

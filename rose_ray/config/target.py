@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from rose_ray.config.method import BUILT_IN, GRADIENT_METHODS, check_method_name, parse_options
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.strict import Name, Strict
 from rose_ray.config.task import TaskInput
@@ -47,7 +48,13 @@ class TargetConfig(Strict):
     """What the selected data should make the model better at."""
 
     name: Name = Field(description="Name of the target, used in paths.")
-    pairs: list[PairInput] = Field(min_length=1, description="Its preference pairs.")
+    method: str = Field(
+        "rose", description="What scores the rows: rose, another of docs/methods.md, or your own package.module:Class."
+    )
+    method_options: dict[str, Any] = Field(default_factory=dict, description="What that method can be told.")
+    pairs: list[PairInput] = Field(
+        default_factory=list, description="Its preference pairs; a method that looks at no target needs none."
+    )
     shots: int | None = Field(
         None,
         ge=1,
@@ -70,6 +77,53 @@ class TargetConfig(Strict):
         description="Score by exact inner products, made in the same pass as the features, instead of by features.",
     )
     selection: SelectionConfig = Field(default_factory=SelectionConfig, description="How much is selected, and how.")
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the pipeline of warm-up, bank and features scores it."""
+        return self.method in GRADIENT_METHODS
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        check_method_name(name)
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_less(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("method") == "less":
+            if content.get("objective", "less") != "less":
+                raise ValueError(
+                    f"method: less is objective: less, which objective: {content['objective']} contradicts: "
+                    "take one of them out"
+                )
+            return {**content, "objective": "less"}
+        return content
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> TargetConfig:
+        built_in = BUILT_IN.get(self.method)
+        if not self.pairs and (self.uses_gradients or (built_in is not None and built_in.needs.pairs)):
+            raise ValueError(f"target {self.name}: method {self.method} needs preference pairs: set `pairs`")
+        if self.uses_gradients:
+            if self.method_options:
+                raise ValueError(f"method_options: {self.method} has none; its settings are keys of the target itself")
+            return self
+        if built_in is not None:
+            parse_options(self.method, built_in.options, self.method_options)
+        fields = type(self).model_fields
+        without_meaning = [
+            name
+            for name in ("objective", "dpo_beta", "normalize", "encoding", "exact")
+            if getattr(self, name) != fields[name].default
+        ]
+        if without_meaning:
+            raise ValueError(
+                f"{' and '.join(without_meaning)}: no meaning with method: {self.method}, which takes no gradients "
+                "of the loss: take them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_have_directions(self) -> TargetConfig:

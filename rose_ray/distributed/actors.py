@@ -99,7 +99,7 @@ class ScoringSpec:
         return [folder.rsplit("/", 1)[-1] for folder in self.checkpoints]
 
 
-class _ModelHolder:
+class ModelHolder:
     """Holds the base model and all checkpoints, loaded when first asked for: what a constructor raises, Ray loses."""
 
     def __init__(self, spec: ScoringSpec) -> None:
@@ -109,10 +109,12 @@ class _ModelHolder:
 
     @functools.cached_property
     def checkpoints(self) -> list[Checkpoint]:
+        """Of the warm-up, in order."""
         return self.spec.read_checkpoints()
 
     @functools.cached_property
     def model(self) -> ScoringModel:
+        """With its adapter slot."""
         return load_scoring_model(self.spec.model, self.spec.lora, device=self.spec.device)
 
     def projections(self, space: SpaceSpec) -> list[Projection]:
@@ -125,6 +127,7 @@ class _ModelHolder:
         return self._projections[space]
 
     def direction_settings(self) -> DirectionSettings:
+        """As configured."""
         gradients = self.spec.gradients
         return DirectionSettings(
             gradients.adam,
@@ -135,7 +138,7 @@ class _ModelHolder:
         )
 
 
-class ScoringActor(_ModelHolder):
+class ScoringActor(ModelHolder):
     """Turns one tokenised shard into feature files."""
 
     def __init__(self, spec: ScoringSpec) -> None:
@@ -228,7 +231,7 @@ class ScoringActor(_ModelHolder):
         return {"shard": shard, **counts, **told, "num_bytes": num_bytes, "seconds": seconds}
 
 
-class BankActor(_ModelHolder):
+class BankActor(ModelHolder):
     """Turns targets' pairs into bank tables and exact bases, and finds out what fits into memory."""
 
     writes = True

@@ -84,7 +84,7 @@ def _basis_made_from(
 def missing_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
     """Return the exact targets whose basis is missing; those that are found go into the job's result."""
     missing = []
-    for target in job.config.targets:
+    for target in job.config.gradient_targets:
         if not job.config.is_exact(target):
             continue
         made_from = _basis_made_from(job, warmup, target, pairs[target.name])
@@ -99,7 +99,7 @@ def missing_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Prefe
 def missing_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
     """Return the targets whose bank is missing; one without its basis has none. Call `missing_bases` first."""
     missing = []
-    for target in job.config.targets:
+    for target in job.config.gradient_targets:
         if not job.config.is_exact(target) or target.name in job.result.bases:
             made_from = bank_made_from(job, job.feature_set(warmup, target), target, pairs[target.name])
             if find_manifest(job.workspace, f"bank/{artefact_key(made_from)}") is not None:
@@ -110,7 +110,7 @@ def missing_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Prefe
 
 def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]], actor: ModelActor) -> None:
     """Find or compute the exact basis of every target that is scored exactly."""
-    for target in job.config.targets:
+    for target in job.config.gradient_targets:
         if not job.config.is_exact(target):
             continue
         started = time.monotonic()
@@ -134,7 +134,7 @@ def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Preferen
 
 def make_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[PreferencePair]], actor: ModelActor) -> None:
     """Find or compute the bank of every target; the model is loaded once for all that are missing."""
-    for target in job.config.targets:
+    for target in job.config.gradient_targets:
         started = time.monotonic()
         feature_set = job.feature_set(warmup, target)
         made_from = bank_made_from(job, feature_set, target, pairs[target.name])

@@ -13,11 +13,11 @@ import ray
 
 from rose_ray.config.cluster import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec
+from rose_ray.distributed.data import set_up_ray_data
 from rose_ray.distributed.gang import GangActor, released_gangs
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.roll import called_roll
-from rose_ray.distributed.session import is_verbose
 from rose_ray.distributed.tokens import tokenize_row
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError
@@ -146,14 +146,7 @@ def _compute(
         skipped: Row ids passed over, by shard.
         settings: Actors and resources.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = settings.stall_seconds
-    context.verbose_progress = False
-    context.raise_original_map_exception = True  # its own wrapper loses the cause
-    if not is_verbose():
-        # Ray Data sets its own level once it is imported. Its errors come back as exceptions; its log calls ours a bug.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    set_up_ray_data(settings)
     entries = [entry for entry in pool.facts["shards"] if entry["shard"] in missing]
     rows = [
         {"shard": shard, "skipped": skipped.get(shard, []), "spaces": list(lacking)}

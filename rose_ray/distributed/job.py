@@ -17,6 +17,7 @@ from rose_ray.distributed.actors import ScoringSpec, device_of
 from rose_ray.distributed.metrics import say_stage
 from rose_ray.distributed.spaces import SpaceSpec, projection_identity
 from rose_ray.model.describe import ModelIdentity, describe_model
+from rose_ray.model.tokenizer import describe_text
 from rose_ray.stages.features import FEATURES_VERSION
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.runs import StageRecord
@@ -78,6 +79,14 @@ class Job:
     def identity(self) -> ModelIdentity:
         """The base model's identity, found on a worker: the driver may be a machine without it."""
         found: ModelIdentity = ray.get(self.task(describe_model, self.config.model, self.config.lora))
+        return found
+
+    @cached_property
+    def text(self) -> str:
+        """Digest of tokenizer and template, found on a worker, and without a look at the base model's weights."""
+        if "identity" in vars(self):
+            return self.identity.text
+        found: str = ray.get(self.task(describe_text, self.config.model))
         return found
 
     def bare_space(self, warmup: Manifest) -> dict[str, Any]:

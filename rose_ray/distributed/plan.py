@@ -37,7 +37,7 @@ from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS
-from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, predict, warmup_positions
+from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, no_work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import opened
@@ -72,6 +72,7 @@ class JobPlan:
         rates: What the probe measured, if there was one.
         plan: The prediction.
         num_shards: Of the pool.
+        others: Targets that are not foretold, with the method that scores them.
     """
 
     pool: Manifest
@@ -80,6 +81,7 @@ class JobPlan:
     rates: Rates | None
     plan: Plan
     num_shards: int
+    others: dict[str, str]
 
 
 def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
@@ -110,11 +112,12 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
 def _plan(job: Job, probe_rows: int) -> JobPlan:
     pool = ingest(job)
     check_selections(job.config, pool.facts["sources"])
-    pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
+    pairs = {target.name: read_target_pairs(target) for target in job.config.gradient_targets}
     tokens, samples = _sampled(job, pool)
     lengths = _pair_lengths(job, pairs)
     work = _work(job, pool, tokens, pairs, lengths)
     rates = None
+    probe_rows = probe_rows if pairs else 0
     if job.config.ray.ranks_per_actor > 1 and probe_rows:
         raise ConfigError(
             "plan: ranks that share a model are not probed: add --probe 0, or plan with ray.ranks_per_actor=1"
@@ -125,7 +128,8 @@ def _plan(job: Job, probe_rows: int) -> JobPlan:
         finally:
             job.workspace.delete_folder(PROBE_FOLDER)
         work = replace(work, warmup_start=rates.start_up + TRAIN_SECONDS)
-    return JobPlan(pool, tokens, work, rates, predict(work, tokens, rates), len(pool.facts["shards"]))
+    others = {target.name: target.method for target in job.config.method_targets}
+    return JobPlan(pool, tokens, work, rates, predict(work, tokens, rates), len(pool.facts["shards"]), others)
 
 
 def _sampled(job: Job, pool: Manifest) -> tuple[PoolTokens, pa.Table]:
@@ -147,6 +151,8 @@ def _pair_lengths(job: Job, pairs: Pairs) -> dict[str, list[int]]:
 def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: Mapping[str, Sequence[int]]) -> Work:
     config = job.config
     entries = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
+    if not pairs:
+        return no_work(job.config.ray.actors, job.config.ray.gpus_per_actor)
     warmup = pinned_warmup(job)
     missing, banks = list(entries), list(pairs)
     if warmup is not None:
@@ -175,7 +181,7 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
         num_pairs={name: len(each) for name, each in pairs.items()},
         to_score=list(pairs) if missing else banks,
         num_subtasks={name: len({pair.subtask for pair in each}) for name, each in pairs.items()},
-        fraction=max(_fraction(target, tokens) for target in config.targets),
+        fraction=max(_fraction(target, tokens) for target in config.gradient_targets),
     )
 
 

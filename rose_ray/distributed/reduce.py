@@ -47,7 +47,7 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
     started = time.monotonic()
     missing: dict[str, tuple[dict[str, Any], list[ScorePlan]]] = {}
     found: dict[str, Manifest | None] = {}
-    for target in job.config.targets:
+    for target in job.config.gradient_targets:
         bank = job.result.banks[target.name]
         feature_set = job.feature_set(warmup, target)
         features = {

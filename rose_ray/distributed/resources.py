@@ -12,7 +12,9 @@ import ray
 
 from rose_ray.config.cluster import RayConfig
 from rose_ray.config.job import JobConfig
+from rose_ray.config.method import Needs
 from rose_ray.errors import ResourceError
+from rose_ray.methods.registry import needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,10 @@ def granted_resources(config: JobConfig) -> Iterator[None]:
     from ray.autoscaler.sdk import request_resources
 
     settings = config.ray
+    needs = needs_of(config)
     actor = {"CPU": settings.cpus_per_actor} | ({"GPU": settings.gpus_per_actor} if settings.gpus_per_actor else {})
-    workers = config.warmup.workers if config.warmup.adapters is None else 0
-    bundles = [actor] * max(settings.actors * settings.ranks_per_actor, workers) + [{"CPU": settings.cpus_per_task}]
+    actors = settings.actors * settings.ranks_per_actor if needs.any_model else 0
+    bundles = [actor] * max(actors, _num_workers(config, needs)) + [{"CPU": settings.cpus_per_task}]
     request_resources(bundles=bundles)
     try:
         _await_nodes(config)
@@ -102,19 +105,22 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
         ResourceError: Too few CPUs or GPUs; the message says what is asked for and what there is.
     """
     settings = config.ray
+    needs = needs_of(config)
     have = f"the cluster has {_nodes_text(nodes)}"
+    largest = max((node.cpus for node in nodes), default=0.0)
+    if settings.cpus_per_task > largest + 1e-9:
+        raise ResourceError(
+            f"ray.cpus_per_task: {settings.cpus_per_task:g} CPU fit no node; {have}, {largest:g} CPU the largest. "
+            "Lower it (fractions are fine)."
+        )
+    if not needs.any_model:
+        return
     slots = sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes)
     wanted_slots = settings.actors * settings.ranks_per_actor
     if slots < wanted_slots:
         raise ResourceError(
             f"ray.actors: {_actors_text(settings)} of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} "
             f"GPU do not fit; {have}, room for {slots}. Lower ray.actors or ray.cpus_per_actor, or add nodes."
-        )
-    largest = max((node.cpus for node in nodes), default=0.0)
-    if settings.cpus_per_task > largest + 1e-9:
-        raise ResourceError(
-            f"ray.cpus_per_task: {settings.cpus_per_task:g} CPU fit no node; {have}, {largest:g} CPU the largest. "
-            "Lower it (fractions are fine)."
         )
     wanted = wanted_slots * settings.cpus_per_actor + settings.cpus_per_task
     total = sum(node.cpus for node in nodes)
@@ -123,13 +129,17 @@ def check_resources(config: JobConfig, nodes: list[Node]) -> None:
             f"ray: {_actors_text(settings)} x {settings.cpus_per_actor:g} CPU leave no room for a reading task of "
             f"{settings.cpus_per_task:g} CPU; {have}. Lower ray.cpus_per_actor (fractions are fine) or ray.actors."
         )
-    workers = config.warmup.workers if config.warmup.adapters is None else 0
+    workers = _num_workers(config, needs)
     worker_slots = sum(_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes)
     if worker_slots < workers:
         raise ResourceError(
             f"warmup.workers: {workers} workers of {settings.cpus_per_actor:g} CPU and {settings.gpus_per_actor:g} GPU "
             f"do not fit; {have}. Lower warmup.workers, or add nodes."
         )
+
+
+def _num_workers(config: JobConfig, needs: Needs) -> int:
+    return config.warmup.workers if needs.warmup and config.warmup.adapters is None else 0
 
 
 def actors_at_once(config: JobConfig, nodes: list[Node]) -> int:

@@ -7,12 +7,13 @@ nothing, a new target computes its bank and scores, a changed setting computes b
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import ray
 
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.job import JobConfig
+from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
 from rose_ray.distributed.checkpoints import warm_up
@@ -20,16 +21,19 @@ from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
+from rose_ray.distributed.methods import check_methods, score_by_methods
 from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import LeaseError, RoseError
+from rose_ray.methods.registry import needs_of
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import abandoned_before, opened
 from rose_ray.stores.leftovers import sweep_shared
+from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.runs import last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
@@ -60,6 +64,7 @@ def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], 
     if (before_us := abandoned_before(workspace)) is not None:
         job.result.events.append(f"lease taken over from a run that did not end: {before_us}")
     try:
+        check_methods(job.config)
         sweep_shared(workspace)
         with ray_session(config.ray), granted_resources(config):
             before = live_nodes()
@@ -94,16 +99,37 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
 
 
 def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
-    if job.config.model.deepspeed.offload_parameters == "nvme":
+    needs = needs_of(job.config)
+    if needs.any_model and job.config.model.deepspeed.offload_parameters == "nvme":
         ray.get(job.model_task(check_offload, job.config.model, device_of(job.config.ray)))
     pool = ingest(job)
     if "warmup" not in stages:
         return
     check_selections(job.config, pool.facts["sources"])
     # Read now what is needed later: a bad pair is said before GPUs are spent.
-    pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
+    pairs = {target.name: read_target_pairs(target) if target.pairs else [] for target in job.config.targets}
     check_test_text(job.config)
-    warmup = warm_up(job, pool, new_warmup)
+    warmup = warm_up(job, pool, new_warmup) if needs.warmup else None
+    if warmup is not None and job.config.gradient_targets:
+        _make_features(job, pool, warmup, pairs, stages)
+    if "score" in stages:
+        score_by_methods(job, pool, warmup, pairs, with_model=True)
+    release_resources(job.config)
+    if "score" in stages:
+        if warmup is not None:
+            make_scores(job, pool, warmup)
+        score_by_methods(job, pool, warmup, pairs, with_model=False)
+    if "select" in stages:
+        make_selections(job, pool, pairs)
+
+
+def _make_features(
+    job: Job,
+    pool: Manifest,
+    warmup: Manifest,
+    pairs: Mapping[str, Sequence[PreferencePair]],
+    stages: Collection[str],
+) -> None:
     actor = ModelActor(job, warmup)
     try:
         if "bank" in stages or "features" in stages:
@@ -116,8 +142,3 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
         actor.stop()
     if "features" in stages:
         make_features(job, pool, warmup, missing, budget)
-    release_resources(job.config)
-    if "score" in stages:
-        make_scores(job, pool, warmup)
-    if "select" in stages:
-        make_selections(job, pool, pairs)

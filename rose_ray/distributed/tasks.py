@@ -45,6 +45,9 @@ PASSED_OVER_FILE = "passed_over.parquet"
 CORRELATED_COLUMNS = ("num_labelled_tokens", "num_tokens", "gradient_norm", "momentum_share")
 """What would betray a score that follows a shortcut."""
 
+OF_TOKENS = CORRELATED_COLUMNS[:2]
+"""Those that every method's table has; the others are of gradients."""
+
 
 @dataclass(frozen=True)
 class ScorePlan:
@@ -165,8 +168,10 @@ def select_target(
     )
     gate = clean_gate(selection, sources, _texts(workspace, pool, first))
     positions = choose(candidates, selection, gate)
-    further = {column: functools.partial(first.numbers, column) for column in CORRELATED_COLUMNS}
-    summary = {"target": name, **selection_summary(candidates, further, positions)}
+    columns = [column for column in CORRELATED_COLUMNS if "method" not in scores[0].facts or column in OF_TOKENS]
+    further = {column: functools.partial(first.numbers, column) for column in columns}
+    by_gradients = all("method" not in each.facts for each in scores)
+    summary = {"target": name, **selection_summary(candidates, further, positions, by_gradients=by_gradients)}
     with PlacedSpool(SELECTED, "place", len(positions)) as selected:
         for rows in _selected_rows(workspace, pool, chosen_rows(candidates, positions)):
             selected.append(rows)

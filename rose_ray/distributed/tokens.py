@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from rose_ray.data.tokenize import Tokeniser
 from rose_ray.distributed.metrics import count
 from rose_ray.distributed.session import carried_errors
 from rose_ray.errors import DataError
+from rose_ray.methods.shards import count_tokens
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.pool import read_pool_shard, skipped_rows
 from rose_ray.stages.tokens import tokenize_shard
@@ -51,6 +53,13 @@ def tokenize_task(row: dict[str, Any], workspace: Workspace, model: ModelConfig,
 def cached_tokeniser(model: ModelConfig) -> Tokeniser:
     """Load a worker process's tokenizer once."""
     return load_tokeniser(model)
+
+
+def count_shard_tokens(
+    workspace: Workspace, pool: Manifest, shard: str, skipped: Sequence[str], key: str, model: ModelConfig
+) -> Manifest:
+    """See `count_tokens`."""
+    return count_tokens(workspace, pool, shard, skipped, key, cached_tokeniser(model))
 
 
 def _bytes(table: pa.Table) -> bytes:

@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rose_ray.config.job import JobConfig
+from rose_ray.config.target import TargetConfig
+from rose_ray.data.tokenize import Tokeniser
+from rose_ray.distributed.methods import check_methods
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate
+from rose_ray.methods.registry import needs_of
 from rose_ray.model.describe import describe_model
-from rose_ray.model.tokenizer import load_tokeniser
+from rose_ray.model.tokenizer import load_tokeniser, text_digest
 from rose_ray.stages.bank import encode_pairs
 from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.ingest import detect_file_format
@@ -28,6 +32,20 @@ def validate_job(config: JobConfig) -> Iterator[str]:
         for location in expand(entry.files):
             detected = entry.format if entry.format != "auto" else f"{detect_file_format(location)} (detected)"
             yield f"pool file {location.name}: {detected}"
+    check_methods(config)
+    needs = needs_of(config)
+    if needs.any_model:
+        yield from _model_lines(config)
+    tokeniser = load_tokeniser(config.model)
+    if not needs.any_model:
+        yield f"tokenizer of {config.model.base}: {text_digest(tokeniser)}; no target needs the model's weights"
+    for target in config.targets:
+        yield _target_line(target, tokeniser)
+    check_test_text(config)
+    yield "valid"
+
+
+def _model_lines(config: JobConfig) -> Iterator[str]:
     identity = describe_model(config.model, config.lora)
     yield (
         f"base model {config.model.base}: {identity.base}, {identity.layout.num_parameters:,} adapter parameters in "
@@ -36,13 +54,15 @@ def validate_job(config: JobConfig) -> Iterator[str]:
     states = check_own_adapters(config, identity.layout)
     for name, state in zip(config.warmup.adapters or [], states, strict=True):
         yield f"adapter {name}: {describe_moments(state)}"
-    tokeniser = load_tokeniser(config.model)
-    for target in config.targets:
-        pairs = read_target_pairs(target)
-        encoded = encode_pairs(pairs, tokeniser, target)
-        counts = Counter(pair.subtask for pair in pairs)
-        cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
-        subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
-        yield f"target {target.name}: {len(pairs)} pairs ({subtasks}), {cut} cut at {config.model.max_tokens} tokens"
-    check_test_text(config)
-    yield "valid"
+
+
+def _target_line(target: TargetConfig, tokeniser: Tokeniser) -> str:
+    method = "" if target.uses_gradients else f"method {target.method}, "
+    if not target.pairs:
+        return f"target {target.name}: {method}no pairs"
+    pairs = read_target_pairs(target)
+    encoded = encode_pairs(pairs, tokeniser, target)
+    counts = Counter(pair.subtask for pair in pairs)
+    cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
+    subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return f"target {target.name}: {method}{len(pairs)} pairs ({subtasks}), {cut} cut at {tokeniser.max_tokens} tokens"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from rose_ray.config.model import LoraConfig, ModelConfig
-from rose_ray.data.tokenize import Tokeniser
 from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import ParameterLayout, layout_of
-from rose_ray.model.tokenizer import load_tokeniser, resolve_base
+from rose_ray.model.tokenizer import load_tokeniser, resolve_base, text_digest
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,6 @@ def describe_model(model: ModelConfig, lora: LoraConfig) -> ModelIdentity:
         ModelError: The base, its tokenizer or template cannot be used, or it lacks a LoRA target.
     """
     folder = resolve_base(model)
-    text = _text_digest(load_tokeniser(model))
+    text = text_digest(load_tokeniser(model))
     empty = attach_adapter(load_base(model, device="meta"), lora, dropout=0.0)
     return ModelIdentity(base=base_digest(folder), text=text, layout=layout_of(empty))
-
-
-def _text_digest(tokeniser: Tokeniser) -> str:
-    template = tokeniser.template
-    parts = [
-        tokeniser.tokenizer.backend_tokenizer.to_str(),
-        template.source,
-        template.bos_token,
-        template.eos_token,
-        list(template.end_tokens),
-        template.loss_on_turn_tail,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -113,3 +115,22 @@ def load_tokeniser(model: ModelConfig) -> Tokeniser:
     """Return the tokeniser of the pool and of chat-encoded pairs."""
     tokenizer = load_tokenizer(model)
     return Tokeniser(tokenizer, chat_template(model, tokenizer), model.max_tokens)
+
+
+def describe_text(model: ModelConfig) -> str:
+    """Return `text_digest` of the base model."""
+    return text_digest(load_tokeniser(model))
+
+
+def text_digest(tokeniser: Tokeniser) -> str:
+    """Return the digest, 16 hex digits, of how text becomes tokens: tokenizer, chat template, what carries loss."""
+    template = tokeniser.template
+    parts = [
+        tokeniser.tokenizer.backend_tokenizer.to_str(),
+        template.source,
+        template.bos_token,
+        template.eos_token,
+        list(template.end_tokens),
+        template.loss_on_turn_tail,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -156,6 +156,11 @@ class Plan:
         return asdict(self)
 
 
+def no_work(actors: int, gpus: float) -> Work:
+    """Return the work of a job without gradients: none that can be foretold."""
+    return Work(actors, 0, gpus, 0, 0, {}, "float32", [], 0, 0.0, {}, {}, [], {}, 0.0)
+
+
 def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
     """Return what the work will take; sizes only where there are no rates."""
     sizes = artefact_bytes(work, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work
 
@@ -10,9 +10,21 @@ _BAR = 40
 """Characters of the longest bar of the histogram."""
 
 
-def plan_lines(tokens: PoolTokens, work: Work, rates: Rates | None, plan: Plan, num_shards: int) -> Iterator[str]:
-    """The whole report."""
+def plan_lines(
+    tokens: PoolTokens,
+    work: Work,
+    rates: Rates | None,
+    plan: Plan,
+    num_shards: int,
+    others: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """The whole report. ``others``: targets that are not foretold, with the method that scores them."""
     yield from _token_lines(tokens, num_shards)
+    for target, method in (others or {}).items():
+        yield f"target {target}: method {method} is not foretold"
+    if others and not work.num_pairs:
+        yield "no target is scored by gradients: no warm-up, no bank, no features"
+        return
     yield from _work_lines(work, num_shards)
     yield from _size_lines(plan)
     if rates is None:

@@ -143,12 +143,30 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         yield f"  score {row['score']:+.5f}, rank {row['rank']:,} of {scores.counts['scored']:,}"
         for subtask in scores.facts["subtasks"]:
             yield f"  subtask {subtask}: {row[f'subtask_{subtask}']:+.5f}"
-        yield from _influence_lines(workspace, config, scores, row)
+        if "method" in scores.facts:
+            yield f"  scored by {target.method}, which keeps no influence of single pairs"
+        else:
+            yield from _influence_lines(workspace, config, scores, row)
 
 
 def _check_same_scores(target: TargetConfig, scores: Manifest) -> None:
+    ours = None if target.uses_gradients else [target.method, target.method_options]
+    theirs = [scores.facts["method"], scores.facts["method_options"]] if "method" in scores.facts else None
+    if ours != theirs:
+        then, now = (" ".join(map(str, each)) if each else "gradients" for each in (theirs, ours))
+        raise StoreError(
+            f"target {target.name}: the last run scored with method {then}, the configuration says {now}. "
+            "Run `rose-ray run` first."
+        )
+    if ours is not None:
+        _check_same(target, scores, ("aggregation",))
+        return
     matters = ("dpo_beta",) if target.objective == "dpo_weighted" else ()
-    for name in ("objective", "normalize", "aggregation", *matters):
+    _check_same(target, scores, ("objective", "normalize", "aggregation", *matters))
+
+
+def _check_same(target: TargetConfig, scores: Manifest, names: Sequence[str]) -> None:
+    for name in names:
         then, now = scores.made_from[name], getattr(target, name)
         if then != now:
             raise StoreError(

@@ -107,7 +107,11 @@ def training_jsonl(selected: pa.Table) -> bytes:
 
 
 def selection_summary(
-    candidates: Candidates, columns: Mapping[str, Callable[[], np.ndarray]], positions: np.ndarray
+    candidates: Candidates,
+    columns: Mapping[str, Callable[[], np.ndarray]],
+    positions: np.ndarray,
+    *,
+    by_gradients: bool = True,
 ) -> dict[str, Any]:
     """Return what a person wants to know of a selection.
 
@@ -115,6 +119,7 @@ def selection_summary(
         candidates: What was chosen from.
         columns: Read further columns (labelled tokens, gradient norm, ...), which are correlated with the score.
         positions: From ``choose``.
+        by_gradients: Whether the sign of a score means something.
 
     Returns:
         Counts, shares by source, Spearman correlations (None where a column is constant), and warnings.
@@ -123,7 +128,7 @@ def selection_summary(
     values = scores_N[positions].astype(np.float64)
     not_positive = int((values <= 0).sum())
     warnings = []
-    if not_positive:
+    if not_positive and by_gradients:
         warnings.append(
             f"{not_positive} of {len(positions)} selected rows have scores that are not positive: to first order they "
             "lower the reward margin or leave it. Select less."

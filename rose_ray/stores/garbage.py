@@ -17,16 +17,18 @@ from pyarrow import fs
 from rose_ray.stores.history import SELECTIONS, latest_version, selected_names, versions
 from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, read_manifest
 from rose_ray.stores.runs import finished_runs, since_last_finished
+from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS
 from rose_ray.stores.workspace import Workspace
 
 NAMED = (SELECTIONS, "scores")
 """Kinds whose artefacts lie at ``KIND/TARGET/KEY``."""
 
-FLAT = ("bank", "basis", "warmup", "pool", "ingest")
+FLAT = ("states", "bank", "basis", "warmup", "pool", "ingest")
 """Kinds whose artefacts lie at ``KIND/KEY``. Each kind is made from later ones, the features between both lists."""
 
 FEATURES = "features"
-"""Their shards lie at ``features/KEY/SHARD``, each an artefact."""
+SHARDED = (SHARD_SCORES, SURVEYS, LENGTHS, FEATURES)
+"""Kinds whose shards lie at ``KIND/KEY/SHARD``, each an artefact."""
 
 _NOT_KEYS = frozenset({"pins", "history"})
 
@@ -92,9 +94,10 @@ def _artefacts(workspace: Workspace, needed: set[str]) -> Iterator[tuple[str, st
     for kind in NAMED:
         for target in _folders(workspace, kind):
             yield from ((kind, folder) for folder in _folders(workspace, target))
-    for space in _folders(workspace, FEATURES):
-        # Of a space that is needed, the shards that no kept pool holds.
-        yield from ((FEATURES, folder) for folder in (_folders(workspace, space) if space in needed else [space]))
+    for kind in SHARDED:
+        for space in _folders(workspace, kind):
+            # Of a key that is needed, the shards that no kept pool holds.
+            yield from ((kind, folder) for folder in (_folders(workspace, space) if space in needed else [space]))
     for kind in FLAT:
         yield from ((kind, folder) for folder in _folders(workspace, kind))
 
@@ -104,7 +107,7 @@ def _folders(workspace: Workspace, path: str) -> list[str]:
 
 
 def _needed(workspace: Workspace, keep: int) -> set[str]:
-    """Return the folders of everything kept, and of what it was made from; of features, their key's folder."""
+    """Return the folders of everything kept, and of what it was made from; of shards, their key's folder."""
     waiting = [folder for name in selected_names(workspace) for folder in _kept_versions(workspace, name, keep)]
     waiting += [stage["folder"] for run in finished_runs(workspace)[-1:] for stage in run["stages"]]
     later = (stage["folder"] for run in since_last_finished(workspace)[1] for stage in run["stages"])
@@ -115,7 +118,7 @@ def _needed(workspace: Workspace, keep: int) -> set[str]:
         if folder in needed:
             continue
         needed.add(folder)
-        if not folder.startswith(f"{FEATURES}/"):
+        if not _is_of_shards(folder):
             waiting += _made_from(read_manifest(workspace, folder))
     return needed
 
@@ -128,13 +131,19 @@ def _kept_versions(workspace: Workspace, name: str, keep: int) -> set[str]:
 
 
 def _is_there(workspace: Workspace, folder: str) -> bool:
-    return folder.startswith(f"{FEATURES}/") or workspace.exists(f"{folder}/{MANIFEST_FILE}")
+    return _is_of_shards(folder) or workspace.exists(f"{folder}/{MANIFEST_FILE}")
+
+
+def _is_of_shards(folder: str) -> bool:
+    return folder.partition("/")[0] in SHARDED
 
 
 def _made_from(manifest: Manifest) -> list[str]:
     facts = manifest.facts
     if manifest.stage == "select":
         return list(facts["scores"])
+    if manifest.stage == "score" and "method" in facts:
+        return [*facts["made_of"], facts["pool"]["folder"]]
     if manifest.stage == "score":
         features = facts["features"]
         projection = features["space"]["projection"]
@@ -154,7 +163,7 @@ def _made_from(manifest: Manifest) -> list[str]:
 def _needed_shards(workspace: Workspace, needed: set[str]) -> set[str]:
     pools = [read_manifest(workspace, folder) for folder in needed if folder.startswith("pool/")]
     names = {entry["shard"] for pool in pools for entry in pool.facts["shards"]}
-    return {f"{folder}/{name}" for folder in needed if folder.startswith(f"{FEATURES}/") for name in names}
+    return {f"{folder}/{name}" for folder in needed if _is_of_shards(folder) for name in names}
 
 
 def _garbage(workspace: Workspace, kind: str, folder: str, finished_at: datetime | None) -> Garbage:

@@ -11,6 +11,7 @@ TABLES = {
     **{name: value for name, value in vars(schemas).items() if isinstance(value, pa.Schema)},
     "features": schemas.features_schema(4, "int8", 2),
     "bank": schemas.bank_schema(4),
+    "shard_scores": schemas.shard_scores_schema(2),
     "scores": schemas.scores_schema(["a", "b"]),
 }
 
@@ -25,4 +26,4 @@ def test_columns_have_meanings_and_tables_a_version(name: str) -> None:
 
 def test_each_table_has_a_name_of_its_own() -> None:
     names = [schema.metadata[b"table"] for schema in TABLES.values()]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 12
