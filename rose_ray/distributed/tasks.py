@@ -18,8 +18,9 @@ from rose_ray.errors import AccountingError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
 from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate, passed_over
+from rose_ray.stages.gist import SpanScorer
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
-from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards
+from rose_ray.stages.score import RowScorer, ShardRows, TargetScorer, check_same_space, score_shards
 from rose_ray.stages.score_table import ScoreTable
 from rose_ray.stages.select import (
     chosen_rows,
@@ -79,12 +80,12 @@ def score_targets(
     """
     started = time.monotonic()
     names: list[str] = features["checkpoints"]
-    scorers = []
+    scorers: list[RowScorer] = []
     for plan in plans:
         check_same_space(features["space"], plan.bank.facts["space"])
         records = [plan.bank.file(checkpoint_file(name)) for name in names]
         banks = [workspace.read_table(record.path, record) for record in records]
-        scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
+        scorers.append(_scorer(banks, features["mean_learning_rates"], plan.target))
     with ExitStack() as stack:
         tables = [stack.enter_context(ScoreTable(scorer.subtasks, scorer.pairs)) for scorer in scorers]
         score_shards(_reported(read_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
@@ -94,12 +95,18 @@ def score_targets(
         ]
 
 
+def _scorer(banks: Sequence[pa.Table], rates: Sequence[float], target: TargetConfig) -> RowScorer:
+    if target.gist is not None:
+        return SpanScorer(banks, rates, target, target.gist.rank)
+    return TargetScorer(banks, rates, target)
+
+
 def _commit_scores(
     workspace: Workspace,
     pool: Manifest,
     features: Mapping[str, Any],
     plan: ScorePlan,
-    scorer: TargetScorer,
+    scorer: RowScorer,
     table: ScoreTable,
     started: float,
 ) -> Manifest:

@@ -134,7 +134,10 @@ def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int, aggregat
     tables = list(targets.values())
     for name, table in targets.items():
         if table is not tables[0] and not table.has_rows_of(tables[0]):
-            raise AccountingError(f"the score table of {name} holds other rows than that of {next(iter(targets))}.")
+            raise AccountingError(
+                f"the score table of {name} holds other rows than that of {next(iter(targets))}. A method that "
+                "rejects rows of its own, such as ifd or deita, cannot share a training set."
+            )
 
     def best() -> np.ndarray:
         best_N = tables[0].numbers("score")
