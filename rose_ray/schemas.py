@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 
@@ -144,8 +146,13 @@ def bank_schema(dim: int) -> pa.Schema:
     )
 
 
-def scores_schema(subtasks: list[str]) -> pa.Schema:
-    """Schema of a target's score table. ``subtasks``: names, one column each."""
+def scores_schema(subtasks: Sequence[str], pairs: Sequence[str] = ()) -> pa.Schema:
+    """Schema of a target's score table.
+
+    Args:
+        subtasks: Names, one column each.
+        pairs: Ids, one column each where pairs take turns at selection.
+    """
     return pa.schema(
         [
             _column("row_id", pa.string(), "row"),
@@ -155,6 +162,7 @@ def scores_schema(subtasks: list[str]) -> pa.Schema:
             _column("gradient_norm", pa.float32(), "length of the direction, mean over checkpoints", nullable=True),
             _column("momentum_share", pa.float32(), "mean over checkpoints", nullable=True),
             *(_column(f"subtask_{name}", pa.float32(), f"influence on subtask {name}") for name in subtasks),
+            *(_column(f"pair_{pair}", pa.float32(), f"influence on pair {pair}") for pair in pairs),
             _column("score", pa.float32(), "aggregated over subtasks; higher helps more"),
             _column("rank", pa.int64(), "1 is best; ties by row_id"),
             _column("shard", pa.string(), "shard that holds the row"),

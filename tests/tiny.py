@@ -94,7 +94,7 @@ def score_rows(
     from rose_ray.stages.score_table import ScoreTable
 
     scorer = TargetScorer(banks, rates, target)
-    with ScoreTable(scorer.subtasks) as table:
+    with ScoreTable(scorer.subtasks, scorer.pairs) as table:
         score_shards(shards, [scorer], [table])
         table.settle()
         return ScoredRows(pa.concat_tables(table.scored()), pa.concat_tables(table.rejected()), scorer.subtasks)

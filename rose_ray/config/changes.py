@@ -30,6 +30,7 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "targets.aggregation": _REDUCED,
     "targets.exact": ("bank", "features", *_REDUCED),
     "targets.selection": ("select",),
+    "targets.selection.method": _REDUCED,  # round_robin_pairs wants columns that other score tables lack
     "training_set": ("select",),
     "warmup": ("warmup", *_AFTER_WARMUP),
     "warmup.adapter_weights": ("warmup", *_REDUCED),

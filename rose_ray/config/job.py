@@ -74,6 +74,16 @@ class JobConfig(Strict):
         if self.ray.ranks_per_actor > 1 and self.gradients.packing:
             raise ValueError("gradients.packing is not open to ranks that share a model: set ray.ranks_per_actor: 1")
         for target in self.targets:
+            if target.gist is not None and self.gradients.exact_basis == "subtasks":
+                raise ValueError(
+                    f"targets {target.name}: method: gist compares rows with single pairs, which "
+                    "gradients.exact_basis: subtasks does not keep: set it to pairs"
+                )
+            if target.scores_pairs and self.is_exact(target) and self.gradients.exact_basis == "subtasks":
+                raise ValueError(
+                    f"targets {target.name}: selection.method: round_robin_pairs needs exact scores of pairs, which "
+                    "gradients.exact_basis: subtasks does not keep: set it to pairs"
+                )
             if target.normalize == "projected" and self.is_exact(target):
                 raise ValueError(
                     f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
@@ -82,7 +92,8 @@ class JobConfig(Strict):
 
     def is_exact(self, target: TargetConfig) -> bool:
         """Whether a target is scored by exact inner products."""
-        return target.uses_gradients and (target.exact or self.gradients.projection.kind == "exact")
+        wanted = target.exact or target.gist is not None or self.gradients.projection.kind == "exact"
+        return target.uses_gradients and wanted
 
     @property
     def gradient_targets(self) -> list[TargetConfig]:

@@ -1,6 +1,6 @@
 """The methods that a target can be selected by: what each is called, may be told, and needs.
 
-``rose`` and ``less`` are the gradient pipeline. The others score rows by themselves, through
+``rose``, ``less`` and ``gist`` are the gradient pipeline. The others score rows by themselves, through
 `rose_ray.methods.interface.Method`; so does a user's own, named ``package.module:Class``.
 """
 
@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from rose_ray.config.model_methods import LossDropOptions, NuggetsOptions
 from rose_ray.config.numbers import with_floats
 from rose_ray.config.strict import Strict
 
-GRADIENT_METHODS = ("rose", "less")
-"""Methods that are the pipeline of warm-up, bank and features itself."""
+GRADIENT_METHODS = ("rose", "less", "gist")
+"""Methods that are the pipeline of warm-up, bank and features itself; `gist` differs in its last step."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -144,6 +145,11 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "bm25": BuiltIn("rose_ray.methods.bm25:Bm25", Bm25Options, Needs(pairs=True, pool_statistics=True)),
     "deita": BuiltIn("rose_ray.methods.deita:Deita", DeitaOptions, Needs()),
     "dsir": BuiltIn("rose_ray.methods.dsir:Dsir", DsirOptions, Needs(pairs=True, pool_statistics=True)),
+    "rds": BuiltIn("rose_ray.methods.rds:Rds", NoOptions, Needs(pairs=True, model=True)),
+    "rds_plus": BuiltIn("rose_ray.methods.rds:RdsPlus", NoOptions, Needs(pairs=True, model=True)),
+    "ifd": BuiltIn("rose_ray.methods.ifd:Ifd", NoOptions, Needs(model=True)),
+    "loss_drop": BuiltIn("rose_ray.methods.loss_drop:LossDrop", LossDropOptions, Needs(pairs=True, adapter=True)),
+    "nuggets": BuiltIn("rose_ray.methods.nuggets:Nuggets", NuggetsOptions, Needs(model=True)),
 }
 
 _Options = TypeVar("_Options", bound=Strict)

@@ -16,8 +16,10 @@ class SelectionConfig(Strict):
     fraction: Fraction | None = Field(None, description="Share of the pool's unique rows.")
     count: int | None = Field(None, ge=1, description="Number of rows.")
     tokens: int | None = Field(None, ge=1, description="Number of tokens, all roles counted.")
-    method: Literal["top_k", "round_robin"] = Field(
-        "top_k", description="top_k of the score, or each subtask in turn takes its best row left."
+    method: Literal["top_k", "round_robin", "round_robin_pairs", "equal_parts"] = Field(
+        "top_k",
+        description="top_k of the score; or each subtask, or each pair, in turn takes its best row left; or subtasks "
+        "take turns until each has spent an equal part of the budget.",
     )
     include_sources: list[str] | None = Field(None, min_length=1, description="Choose from these sources only.")
     exclude_sources: list[str] = Field(default_factory=list, description="Choose nothing from these sources.")
@@ -64,9 +66,12 @@ class SelectionConfig(Strict):
 class JointSelectionConfig(SelectionConfig):
     """How much of the targets' best rows; the targets take turns unless said otherwise."""
 
-    method: Literal["top_k", "round_robin"] = Field(
-        "round_robin", description="Each target in turn takes its best row left, or top_k of a row's best score."
+    method: Literal["top_k", "round_robin", "equal_parts"] = Field(
+        "round_robin",
+        description="Each target in turn takes its best row left; or until each has spent an equal part of the "
+        "budget; or top_k of the targets' combined scores.",
     )
+    aggregation: Literal["max", "mean"] = Field("max", description="From targets' scores to the one of top_k.")
 
 
 class TrainingSetConfig(Strict):

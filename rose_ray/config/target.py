@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rose_ray.config.method import BUILT_IN, GRADIENT_METHODS, check_method_name, parse_options
+from rose_ray.config.model_methods import GistOptions
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.strict import Name, Strict
 from rose_ray.config.task import TaskInput
@@ -92,6 +93,8 @@ class TargetConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _objective_of_less(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("method") == "gist":
+            return {"objective": "less", **content}  # the gradient of the chosen answers, as published
         if isinstance(content, dict) and content.get("method") == "less":
             if content.get("objective", "less") != "less":
                 raise ValueError(
@@ -101,13 +104,25 @@ class TargetConfig(Strict):
             return {**content, "objective": "less"}
         return content
 
+    @model_validator(mode="before")
+    @classmethod
+    def _turns_of_rds_plus(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("method") != "rds_plus":
+            return content
+        selection = content.get("selection", {})
+        if not isinstance(selection, dict):
+            return content
+        return {**content, "selection": {"method": "round_robin_pairs", **selection}}
+
     @model_validator(mode="after")
     def _method_fits(self) -> TargetConfig:
         built_in = BUILT_IN.get(self.method)
         if not self.pairs and (self.uses_gradients or (built_in is not None and built_in.needs.pairs)):
             raise ValueError(f"target {self.name}: method {self.method} needs preference pairs: set `pairs`")
         if self.uses_gradients:
-            if self.method_options:
+            if self.method == "gist":
+                parse_options("gist", GistOptions, self.method_options)
+            elif self.method_options:
                 raise ValueError(f"method_options: {self.method} has none; its settings are keys of the target itself")
             return self
         if built_in is not None:
@@ -124,6 +139,25 @@ class TargetConfig(Strict):
                 "of the loss: take them out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _pairs_have_directions(self) -> TargetConfig:
+        if self.objective == "dpo_weighted" and self.scores_pairs:
+            raise ValueError(
+                "selection.method: round_robin_pairs needs a score a pair, but objective: dpo_weighted makes one "
+                "direction of a subtask's pairs: take round_robin, or another objective"
+            )
+        return self
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the score table has a column for every pair."""
+        return self.selection.method == "round_robin_pairs"
+
+    @property
+    def gist(self) -> GistOptions | None:
+        """How rows are compared inside the span of the pairs' gradients; None with another method."""
+        return GistOptions.model_validate(self.method_options) if self.method == "gist" else None
 
     @model_validator(mode="after")
     def _cut_fits_encoding(self) -> TargetConfig:

@@ -67,6 +67,8 @@ def make_scores(job: Job, pool: Manifest, warmup: Manifest) -> None:
             "dpo_beta": target.dpo_beta if target.objective == "dpo_weighted" else None,
             "normalize": target.normalize,
             "aggregation": target.aggregation,
+            **({"pairs": True} if target.scores_pairs else {}),
+            **({"gist": target.gist.model_dump()} if target.gist is not None else {}),
         }
         folder = f"scores/{target.name}/{artefact_key(made_from)}"
         found[target.name] = find_manifest(job.workspace, folder)

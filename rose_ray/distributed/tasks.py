@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rose_ray.config.selection import SelectionConfig
+from rose_ray.config.selection import JointSelectionConfig, SelectionConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.errors import AccountingError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
 from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate, passed_over
+from rose_ray.stages.gist import SpanScorer
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
-from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards
+from rose_ray.stages.score import RowScorer, ShardRows, TargetScorer, check_same_space, score_shards
 from rose_ray.stages.score_table import ScoreTable
 from rose_ray.stages.select import (
     chosen_rows,
@@ -79,14 +80,14 @@ def score_targets(
     """
     started = time.monotonic()
     names: list[str] = features["checkpoints"]
-    scorers = []
+    scorers: list[RowScorer] = []
     for plan in plans:
         check_same_space(features["space"], plan.bank.facts["space"])
         records = [plan.bank.file(checkpoint_file(name)) for name in names]
         banks = [workspace.read_table(record.path, record) for record in records]
-        scorers.append(TargetScorer(banks, features["mean_learning_rates"], plan.target))
+        scorers.append(_scorer(banks, features["mean_learning_rates"], plan.target))
     with ExitStack() as stack:
-        tables = [stack.enter_context(ScoreTable(scorer.subtasks)) for scorer in scorers]
+        tables = [stack.enter_context(ScoreTable(scorer.subtasks, scorer.pairs)) for scorer in scorers]
         score_shards(_reported(read_shard_rows(workspace, pool, features["key"], names), pool, board), scorers, tables)
         return [
             _commit_scores(workspace, pool, features, plan, scorer, table, started)
@@ -94,12 +95,18 @@ def score_targets(
         ]
 
 
+def _scorer(banks: Sequence[pa.Table], rates: Sequence[float], target: TargetConfig) -> RowScorer:
+    if target.gist is not None:
+        return SpanScorer(banks, rates, target, target.gist.rank)
+    return TargetScorer(banks, rates, target)
+
+
 def _commit_scores(
     workspace: Workspace,
     pool: Manifest,
     features: Mapping[str, Any],
     plan: ScorePlan,
-    scorer: TargetScorer,
+    scorer: RowScorer,
     table: ScoreTable,
     started: float,
 ) -> Manifest:
@@ -114,6 +121,7 @@ def _commit_scores(
     facts = {
         "target": plan.target.name,
         "subtasks": scorer.subtasks,
+        "pairs": scorer.pairs,
         "objective": plan.target.objective,
         "normalize": plan.target.normalize,
         "aggregation": plan.target.aggregation,
@@ -159,11 +167,11 @@ def select_target(
     """
     started = time.monotonic()
     opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
-    first = next(iter(opened.values()))
+    first, facts = next(iter(opened.values())), scores[0].facts
     candidates = (
-        joint_candidates(opened, pool.counts["unique"])
-        if name == "training_set"
-        else target_candidates(first, scores[0].facts["subtasks"], pool.counts["unique"])
+        joint_candidates(opened, pool.counts["unique"], selection.aggregation)
+        if isinstance(selection, JointSelectionConfig)
+        else target_candidates(first, facts["subtasks"], pool.counts["unique"], facts.get("pairs", ()))
     )
     gate = clean_gate(selection, sources, _texts(workspace, pool, first))
     positions = choose(candidates, selection, gate)
@@ -181,8 +189,8 @@ def select_target(
         counts |= {name: summary["cleaning"][name] for name in ("selectable", "near_duplicates", "contaminated")}
         files.append(workspace.write_table(f"{folder}/{PASSED_OVER_FILE}", refused))
     files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
-    facts = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
-    return commit_artefact(workspace, "select", made_from, files, counts, facts, started=started, folder=folder)
+    made = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
+    return commit_artefact(workspace, "select", made_from, files, counts, made, started=started, folder=folder)
 
 
 def _texts(workspace: Workspace, pool: Manifest, scores: Scores) -> ReadTexts:

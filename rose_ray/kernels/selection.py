@@ -118,6 +118,7 @@ def round_robin(
     num_tokens_N: NDArray[Any] | None = None,
     sources: Labels | None = None,
     rules: SourceRules = NO_RULES,
+    equal_parts: bool = False,
 ) -> Positions:
     """Let the subtasks take turns, each choosing its best row that is still free.
 
@@ -126,6 +127,9 @@ def round_robin(
 
     Args:
         scores_NT: One column a subtask.
+        equal_parts: Give each column an equal part of the budget, the first ones what is left over: it stops at the
+            first row that does not fit its part, and the others go on. With a budget of rows this changes nothing,
+            with one of tokens a subtask of long rows gets no more than the others.
     """
     scores_NT = np.asarray(scores_NT)
     if scores_NT.ndim != 2 or scores_NT.shape[1] == 0:
@@ -136,7 +140,7 @@ def round_robin(
         len(ids_NW), scores_NT.shape[1], lambda t: scores_NT[:, t], lambda positions: _at(row_ids, positions)
     )
     coded = None if sources is None else Sources.of(sources)
-    return choose_rows(columns, budget, num_tokens_N=num_tokens_N, sources=coded, rules=rules)
+    return choose_rows(columns, budget, num_tokens_N=num_tokens_N, sources=coded, rules=rules, equal_parts=equal_parts)
 
 
 def choose_rows(
@@ -146,6 +150,7 @@ def choose_rows(
     num_tokens_N: NDArray[Any] | None = None,
     sources: Sources | None = None,
     rules: SourceRules = NO_RULES,
+    equal_parts: bool = False,
     gate: Gate | None = None,
 ) -> Positions:
     """Select as :func:`top_k` does from one column, as :func:`round_robin` from several, in little memory.
@@ -158,7 +163,7 @@ def choose_rows(
     depth += 0 if gate is None else depth // 8 + _MARGIN
     while True:
         lists = [_shortlist(scores, column, purse, depth, gate is not None) for column in range(scores.num_columns)]
-        chosen, ran_out = _choose(scores, lists, purse, gate)
+        chosen, ran_out = _choose(scores, lists, purse, gate, equal_parts)
         if not ran_out or all(each.is_whole for each in lists):
             purse.check(chosen, ran_out, 0 if gate is None else gate.num_refused)
             return chosen
@@ -205,7 +210,7 @@ def _nth_best(values_N: NDArray[Any], n: int) -> Any:
 
 
 def _choose(
-    scores: ScoreColumns, lists: Sequence[_Shortlist], purse: Purse, gate: Gate | None
+    scores: ScoreColumns, lists: Sequence[_Shortlist], purse: Purse, gate: Gate | None, equal_parts: bool
 ) -> tuple[Positions, bool]:
     """Choose from shortlists; also whether rows ran out before the budget did."""
     positions = lists[0].positions if len(lists) == 1 else np.unique(np.concatenate([each.positions for each in lists]))
@@ -216,9 +221,9 @@ def _choose(
         orders.append(places[rank_order(each.scores, ids_MW[places])])
     own = purse.at(positions)
     if gate is not None:
-        chosen, ran_out = _turns(orders, own, _Doorway(gate, positions, own, len(orders)))
+        chosen, ran_out = _turns(orders, own, equal_parts, _Doorway(gate, positions, own, len(orders)))
     else:
-        chosen, ran_out = _best(orders, own) if len(orders) == 1 else _turns(orders, own)
+        chosen, ran_out = _best(orders[0], own) if len(orders) == 1 else _turns(orders, own, equal_parts)
     return positions[chosen], ran_out
 
 
@@ -245,54 +250,69 @@ class _Doorway:
         self._gate.take(int(self._positions[row]))
 
 
-def _best(orders: Sequence[Positions], purse: Purse) -> tuple[Positions, bool]:
-    order = purse.within_quotas(orders[0])
+def _best(order: Positions, purse: Purse) -> tuple[Positions, bool]:
+    order = purse.within_quotas(order)
     spent = np.cumsum(purse.costs_N[order], dtype=np.int64)
     chosen = order[: np.searchsorted(spent, purse.limit, side="right")]
     return chosen, len(chosen) == len(order)
 
 
-def _turns(orders: Sequence[Positions], purse: Purse, doorway: _Doorway | None = None) -> tuple[Positions, bool]:
+def _turns(
+    orders: Sequence[Positions], purse: Purse, equal_parts: bool, doorway: _Doorway | None = None
+) -> tuple[Positions, bool]:
     views = [order.data for order in orders]  # a view's numbers are Python's own: faster to take
     costs, has_quotas = np.ascontiguousarray(purse.costs_N).data, bool(purse.rows_left or purse.costs_left)
     free = bytearray(b"\1") * len(purse.costs_N)
     places = [0] * len(views)
     chosen = array("q")
-    left, turn = purse.limit, 0
+    # Columns spend from one pot, or each from its own; whoever shares an empty pot is out.
+    pot_of = list(range(len(views))) if equal_parts else [0] * len(views)
+    pots = _parts(purse.limit, len(views)) if equal_parts else [purse.limit]
+    buyers = [column for column, pot in enumerate(pot_of) if pots[pot] > 0]
+    turn = 0
 
-    def passes(place: int, gate: _Doorway) -> bool:
-        row = views[turn][place]
+    def passes(column: int, place: int, gate: _Doorway) -> bool:
+        row = views[column][place]
         if not free[row] or (has_quotas and purse.is_closed(row)):
             return False
-        if not gate.admits(orders[turn], place, free, left):
+        if not gate.admits(orders[column], place, free, pots[pot_of[column]]):
             free[row] = 0
             return False
         return not has_quotas or purse.source_allows(row)
 
-    while left > 0:
-        order, place = views[turn], places[turn]
+    while buyers:
+        column = buyers[turn % len(buyers)]
+        order, place, pot = views[column], places[column], pot_of[column]
         if doorway is None:
             while place < len(order) and not (
                 free[order[place]] and (not has_quotas or purse.source_allows(order[place]))
             ):
                 place += 1
         else:
-            while place < len(order) and not passes(place, doorway):
+            while place < len(order) and not passes(column, place, doorway):
                 place += 1
+        places[column] = place
         if place == len(order):  # whole orders hold the same rows, so all have run out
             return np.array(chosen, dtype=np.int64), True
         position = order[place]
-        if costs[position] > left:
-            break
-        chosen.append(position)
-        free[position] = 0
-        purse.book(position)
-        if doorway is not None:
-            doorway.take(position)
-        left -= costs[position]
-        places[turn] = place + 1
-        turn = (turn + 1) % len(views)
+        fits = costs[position] <= pots[pot]
+        if fits:
+            chosen.append(position)
+            free[position] = 0
+            purse.book(position)
+            if doorway is not None:
+                doorway.take(position)
+            pots[pot] -= costs[position]
+        if fits and pots[pot]:
+            turn = (turn + 1) % len(buyers)
+        else:
+            turn %= len(buyers)
+            buyers = [other for other in buyers if pot_of[other] != pot]
     return np.array(chosen, dtype=np.int64), False
+
+
+def _parts(whole: int, num_parts: int) -> list[int]:
+    return [whole // num_parts + (part < whole % num_parts) for part in range(num_parts)]
 
 
 def _at(labels: Labels, positions: Positions) -> Labels:

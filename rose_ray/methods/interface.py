@@ -148,8 +148,8 @@ class Method(Generic[Options]):
         options_model: Strict pydantic model of what may stand in ``method_options``.
         survey_reads_pairs: Whether `survey` looks at the target's pairs; where not, targets share its results.
         columns: What the columns of `Scored.values` are. ``subtasks``; ``pairs``, of which the run takes the mean in
-            each subtask and keeps the values themselves beside the score table; or ``one``, for a method that looks at
-            no target: its score table has one column, under the target's name.
+            each subtask, with columns of their own where pairs take turns at selection; or ``one``, for a method that
+            knows no subtasks: its score table has one column, under the target's name.
         needs: What the run has to provide. An instance may set ``columns`` and ``needs`` of its own in ``__init__``,
             where options decide.
 

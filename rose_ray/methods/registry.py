@@ -31,6 +31,11 @@ def method_of(target: TargetConfig) -> Method[Any]:
         raise ConfigError(
             f"target {target.name}: method {name}: columns is {method.columns!r}; expected one of {', '.join(_COLUMNS)}"
         )
+    if target.scores_pairs and method.columns != "pairs":
+        raise ConfigError(
+            f"target {target.name}: selection.method: round_robin_pairs needs a score a pair, and method {name} gives "
+            f"{'one' if method.columns == 'one' else 'one a subtask'}: choose another selection.method."
+        )
     if method.needs.pairs and not target.pairs:
         raise ConfigError(f"target {target.name}: method {name} needs preference pairs: set `pairs`.")
     return method

@@ -36,6 +36,7 @@ def table_content(run: MethodRun, target: TargetConfig) -> dict[str, Any]:
         "pool": run.pool_key,
         "subtasks": run.subtasks,
         "aggregation": target.aggregation,
+        **({"pairs": True} if target.scores_pairs else {}),
     }
 
 
@@ -62,7 +63,8 @@ def make_table(
     """
     started = time.monotonic()
     folder = table_folder(run, target)
-    with ScoreTable(run.subtasks) as table:
+    pairs = _pair_ids(run, target)
+    with ScoreTable(run.subtasks, pairs) as table:
         for scored, rejected, num_wanted in _parts(workspace, pool, run, target):
             table.add(scored, rejected, num_wanted)
         table.settle()
@@ -76,6 +78,7 @@ def make_table(
     facts = {
         "target": target.name,
         "subtasks": run.subtasks,
+        "pairs": pairs,
         "method": target.method,
         "method_options": target.method_options,
         "method_content": dict(run.content),
@@ -93,6 +96,11 @@ def make_table(
     }
     content = table_content(run, target)
     return commit_artefact(workspace, "score", content, files, counts, facts, started=started, folder=folder)
+
+
+def _pair_ids(run: MethodRun, target: TargetConfig) -> list[str]:
+    """Pairs that have columns of their own: all or none."""
+    return [pair.pair_id for pair in run.target.pairs] if target.scores_pairs else []
 
 
 def _parts(
@@ -133,7 +141,8 @@ def _part(
     subtasks_NT = values_NC
     if run.method.columns == "pairs":
         subtasks_NT = aggregate_subtasks(values_NC, [pair.subtask for pair in run.target.pairs])
-    schema = scores_schema(run.subtasks)
+    pairs = _pair_ids(run, target)
+    schema = scores_schema(run.subtasks, pairs)
     columns = [
         scores["row_id"],
         wanted["source"].take(pc.index_in(scores["row_id"], value_set=wanted["row_id"])),
@@ -141,6 +150,7 @@ def _part(
         lengths["num_labelled_tokens"],
         *(pa.nulls(num_rows, pa.float32()) for _ in ("gradient_norm", "momentum_share")),
         *(pa.array(column_N.astype(np.float32)) for column_N in subtasks_NT.T),
+        *(pa.array(column_N.astype(np.float32)) for column_N in values_NC.T[: len(pairs)]),
         pa.array(aggregate_scores(subtasks_NT, target.aggregation).astype(np.float32)),
         pa.array(np.zeros(num_rows, np.int64)),
         pa.repeat(shard, num_rows),

@@ -134,7 +134,7 @@ def sample_values(module: nn.Module, batch: Batch, reduction: Reduction) -> Tens
 
 
 def _labelled_logps(module: nn.Module, batch: Batch) -> Tensor:
-    innermost = _innermost(module)
+    innermost = core_model(module)
     head = innermost.get_output_embeddings() if hasattr(innermost, "get_output_embeddings") else None  # type: ignore[operator]
     if type(head) is nn.Linear and not getattr(innermost, _ALTERS_LOGITS, False):
         with _fused_head(head, batch.labels) as made:
@@ -218,7 +218,7 @@ class ScoringModel:
             parameter.requires_grad_(True)
         for part, training in self._training:
             part.training = training
-        vars(_innermost(self.module)).pop(_ALTERS_LOGITS, None)
+        vars(core_model(self.module)).pop(_ALTERS_LOGITS, None)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy an adapter's weights into the slot, by parameter name."""
@@ -267,7 +267,8 @@ class ScoringModel:
         return values_B.detach()
 
 
-def _innermost(module: Any) -> nn.Module:
+def core_model(module: Any) -> nn.Module:
+    """Return the model that PEFT and DeepSpeed were put around."""
     while hasattr(module, "module"):  # DeepSpeed's engine around the model
         module = module.module
     base: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module

@@ -6,7 +6,7 @@ Shapes: N scored rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.digests import row_id_words
-from rose_ray.errors import AccountingError
+from rose_ray.errors import AccountingError, ConfigError
+from rose_ray.kernels.aggregation import ScoreMode
 from rose_ray.kernels.budget import Budget, SourceRules, budget_count
 from rose_ray.kernels.purse import Sources
 from rose_ray.kernels.selection import Gate, ScoreColumns, choose_rows
@@ -91,6 +92,7 @@ class Candidates:
         scores: The table that knows everything but other targets' scores.
         score: Reads the score that a row is listed with, [N].
         choices: Read the scores that take turns in a round robin, [N] each, by name.
+        pairs: Read those of single pairs, in the same way; empty where the table has none.
         choice_at: Reads such scores of some rows, positions ascending, as a matrix with a column a choice.
         num_pool_rows: Unique rows of the pool, unscored ones included: what a fraction is taken of.
     """
@@ -100,10 +102,13 @@ class Candidates:
     choices: dict[str, Callable[[], np.ndarray]]
     choice_at: Callable[[np.ndarray], np.ndarray]
     num_pool_rows: int
+    pairs: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)
 
 
-def target_candidates(scores: Scores, subtasks: Sequence[str], num_pool_rows: int) -> Candidates:
-    """Return the rows of one target's score table; its subtasks take turns in a round robin."""
+def target_candidates(
+    scores: Scores, subtasks: Sequence[str], num_pool_rows: int, pairs: Sequence[str] = ()
+) -> Candidates:
+    """Return the rows of one target's score table; its subtasks, or its pairs, take turns in a round robin."""
     columns = [f"subtask_{name}" for name in subtasks]
     return Candidates(
         scores,
@@ -111,11 +116,17 @@ def target_candidates(scores: Scores, subtasks: Sequence[str], num_pool_rows: in
         {name: _reader(scores, column) for name, column in zip(subtasks, columns, strict=True)},
         lambda positions: _matrix(scores.rows(positions, columns)),
         num_pool_rows,
+        {pair: _reader(scores, f"pair_{pair}") for pair in pairs},
     )
 
 
-def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int) -> Candidates:
-    """Return the rows of several targets' score tables; the targets take turns, and a row's score is its best.
+def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int, aggregation: ScoreMode = "max") -> Candidates:
+    """Return the rows of several targets' score tables; the targets take turns.
+
+    Args:
+        targets: Score tables by name.
+        num_pool_rows: Unique rows of the pool.
+        aggregation: Whether a row's score is its best one or the mean over the targets.
 
     Raises:
         AccountingError: The tables hold different rows.
@@ -123,7 +134,10 @@ def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int) -> Candi
     tables = list(targets.values())
     for name, table in targets.items():
         if table is not tables[0] and not table.has_rows_of(tables[0]):
-            raise AccountingError(f"the score table of {name} holds other rows than that of {next(iter(targets))}.")
+            raise AccountingError(
+                f"the score table of {name} holds other rows than that of {next(iter(targets))}. A method that "
+                "rejects rows of its own, such as ifd or deita, cannot share a training set."
+            )
 
     def best() -> np.ndarray:
         best_N = tables[0].numbers("score")
@@ -131,9 +145,15 @@ def joint_candidates(targets: Mapping[str, Scores], num_pool_rows: int) -> Candi
             np.maximum(best_N, table.numbers("score"), out=best_N)
         return best_N
 
+    def mean() -> np.ndarray:
+        total_N = np.zeros(tables[0].num_rows)
+        for table in tables:
+            total_N += table.numbers("score")
+        return (total_N / len(tables)).astype(np.float32)
+
     return Candidates(
         tables[0],
-        best,
+        best if aggregation == "max" else mean,
         {name: _reader(table, "score") for name, table in targets.items()},
         lambda positions: np.hstack([_matrix(table.rows(positions, ["score"])) for table in tables]),
         num_pool_rows,
@@ -158,7 +178,7 @@ def choose(candidates: Candidates, selection: SelectionConfig, gate: Gate | None
         exclude=selection.exclude_sources,
         max_share=selection.source_quotas,
     )
-    columns = list(candidates.choices.values()) if selection.method == "round_robin" else [candidates.score]
+    columns = _columns(candidates, selection)
     return choose_rows(
         ScoreColumns(
             candidates.scores.num_rows,
@@ -170,8 +190,22 @@ def choose(candidates: Candidates, selection: SelectionConfig, gate: Gate | None
         num_tokens_N=candidates.scores.numbers("num_tokens") if kind == "tokens" else None,
         sources=candidates.scores.sources() if rules.named() else None,
         rules=rules,
+        equal_parts=selection.method == "equal_parts",
         gate=gate,
     )
+
+
+def _columns(candidates: Candidates, selection: SelectionConfig) -> list[Callable[[], np.ndarray]]:
+    if selection.method == "top_k":
+        return [candidates.score]
+    if selection.method != "round_robin_pairs":
+        return list(candidates.choices.values())
+    if not candidates.pairs:
+        raise ConfigError(
+            "selection.method: round_robin_pairs needs the scores of single pairs, which this score table lacks. "
+            "Choose round_robin, or a method that scores pairs."
+        )
+    return list(candidates.pairs.values())
 
 
 def _reader(scores: Scores, column: str) -> Callable[[], np.ndarray]:

@@ -5,27 +5,25 @@ Shapes: B batch, O and I sides of a parameter matrix, P parameters, D numbers of
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rose_ray.config.gradients import AdamMode
-from rose_ray.data.batches import DealtBatches, length_batches
+from rose_ray.data.batches import DealtBatches
 from rose_ray.data.tokenize import Sample
 from rose_ray.errors import ResourceError
-from rose_ray.failpoints import die_at, failpoint_number
+from rose_ray.failpoints import die_at
 from rose_ray.kernels.adam import AdamState
 from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.quantization import StoredType
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.model.scoring import Batch, ScoringModel, pack_batch, pad_batch
-
-logger = logging.getLogger(__name__)
+from rose_ray.model.scoring import Batch, ScoringModel
+from rose_ray.stages.halving import HalvingRunner
 
 
 @dataclass(frozen=True)
@@ -99,52 +97,24 @@ NO_MOMENTS = AdamMoments({}, {}, AdamState(0, 0.0, 0.0, 1e-8))
 """Of an adapter without an optimizer: mode ``sgd`` alone is open, and looks at none of it."""
 
 
-class BatchRunner:
-    """Runs samples through the model, batch after batch; a batch that does not fit is halved.
+class BatchRunner(HalvingRunner):
+    """Runs samples through the model, batch after batch.
 
     Args:
         model: Base model with an adapter slot.
         layout: Of the adapter.
         settings: Transform, batches, kernel.
-
-    Attributes:
-        num_positions: Positions that went through the model so far, padding included.
-        num_halvings: How often a batch was halved.
-        max_batch_tokens: Bound on rows times length, lowered with every halving.
-        too_large: Samples that did not fit alone, and the error.
     """
 
     def __init__(self, model: ScoringModel, layout: ParameterLayout, settings: DirectionSettings) -> None:
+        super().__init__(model.device, settings.max_batch_tokens, packing=settings.packing)
         self.model, self.layout, self.settings = model, layout, settings
-        self.num_positions = self.num_halvings = 0
-        self.max_batch_tokens = settings.max_batch_tokens
-        self.too_large: dict[int, str] = {}
 
     def run(
         self, samples: Sequence[Sample], checkpoint: Checkpoint, projections: Sequence[Projection]
     ) -> Iterator[tuple[list[int], Directions]]:
         """Yield the numbers of each batch's samples and what it gives. Samples that do not fit alone are left out."""
-        self.model.load_adapter(checkpoint.adapter)
-        moments = AdamMoments.of(checkpoint).to(self.model.device)
-        lengths = [len(sample.input_ids) for sample in samples]
-        waiting = length_batches(lengths, self.max_batch_tokens)[::-1]
-        while waiting:
-            indices = waiting.pop()
-            if (size := len(indices) * lengths[indices[0]]) > self.max_batch_tokens and len(indices) > 1:
-                middle = len(indices) // 2  # made before the bound was lowered
-                waiting += [indices[middle:], indices[:middle]]
-                continue
-            directions, error = self._attempt(samples, indices, moments, projections)
-            if directions is not None:
-                self.num_positions += sum(lengths[i] for i in indices) if self.settings.packing else size
-                yield indices, directions
-            elif len(indices) == 1:
-                self.too_large[indices[0]] = f"{lengths[indices[0]]} tokens alone: {error}"
-            else:
-                self.num_halvings += 1
-                self.max_batch_tokens = max(1, size // 2)
-                logger.warning(f"{len(indices)} rows of {size // len(indices)} tokens did not fit into memory: halved")
-                waiting.append(indices)
+        yield from self.batches(samples, self._computing(checkpoint, projections))
 
     def run_dealt(
         self, samples: Sequence[Sample], dealt: DealtBatches, checkpoint: Checkpoint, projections: Sequence[Projection]
@@ -154,12 +124,11 @@ class BatchRunner:
         Raises:
             ResourceError: One does not fit into memory.
         """
-        self.model.load_adapter(checkpoint.adapter)
-        moments = AdamMoments.of(checkpoint).to(self.model.device)
+        compute = self._computing(checkpoint, projections)
         every = [*samples, dealt.filler]
         for indices in dealt.batches:
             rows = indices or [len(samples)]
-            directions, error = self._attempt(every, rows, moments, projections)
+            directions, error = self.attempt(every, rows, compute)
             longest = max(len(every[i].input_ids) for i in rows)
             if directions is None:
                 raise ResourceError(
@@ -170,33 +139,10 @@ class BatchRunner:
                 self.num_positions += len(rows) * longest
                 yield indices, directions
 
-    def _attempt(
-        self, samples: Sequence[Sample], indices: list[int], moments: AdamMoments, projections: Sequence[Projection]
-    ) -> tuple[Directions | None, str]:
-        # The except clause ends before the next try: its traceback would keep the batch's tensors alive.
-        make_batch = pack_batch if self.settings.packing else pad_batch
-        try:
-            batch = make_batch([samples[i] for i in indices], device=self.model.device)
-            _check_room(len(indices) * max(len(samples[i].input_ids) for i in indices))
-            return batch_directions(self.model, batch, moments, self.layout, projections, self.settings), ""
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error).split("\n", 1)[0]
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None, message
-
-
-def _check_room(num_positions: int) -> None:
-    most = failpoint_number("out_of_memory")
-    if most is not None and num_positions > most:
-        raise torch.OutOfMemoryError(f"a failpoint leaves room for {most} positions")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that memory is used up: an exception type on a GPU, a text on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    def _computing(self, checkpoint: Checkpoint, projections: Sequence[Projection]) -> Callable[[Batch], Directions]:
+        self.model.load_adapter(checkpoint.adapter)
+        moments = AdamMoments.of(checkpoint).to(self.model.device)
+        return lambda batch: batch_directions(self.model, batch, moments, self.layout, projections, self.settings)
 
 
 def batch_directions(

@@ -146,6 +146,8 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         if "method" in scores.facts:
             yield f"  scored by {target.method}, which keeps no influence of single pairs"
         else:
+            if target.gist is not None:
+                yield "  gist compares inside the span of the pairs; influences, as rose takes them:"
             yield from _influence_lines(workspace, config, scores, row)
 
 
@@ -161,6 +163,12 @@ def _check_same_scores(target: TargetConfig, scores: Manifest) -> None:
     if ours is not None:
         _check_same(target, scores, ("aggregation",))
         return
+    gist = None if target.gist is None else target.gist.model_dump()
+    if scores.made_from.get("gist") != gist:
+        raise StoreError(
+            f"target {target.name}: the last run scored with gist options {scores.made_from.get('gist')}, the "
+            f"configuration says {gist}. Run `rose-ray run` first."
+        )
     matters = ("dpo_beta",) if target.objective == "dpo_weighted" else ()
     _check_same(target, scores, ("objective", "normalize", "aggregation", *matters))
 

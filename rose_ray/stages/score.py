@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from rose_ray.config.target import Normalization, TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, NonFiniteError, SpaceMismatchError
-from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks, subtask_order
+from rose_ray.kernels.aggregation import ScoreMode, aggregate_scores, aggregate_subtasks, subtask_order
 from rose_ray.kernels.influence import checkpoint_weights, influence
 from rose_ray.kernels.objectives import Directions, PairGradients, bank_directions
 from rose_ray.schemas import FEATURE_REJECTED, scores_schema
@@ -104,40 +104,87 @@ class TargetScorer:
     Args:
         banks: The target's bank, a table per checkpoint.
         mean_learning_rates: Of the checkpoints; their shares are the weights.
-        target: Objective, normalisation, aggregation.
+        target: Objective, normalisation, aggregation; whether pairs have columns of their own.
 
     Attributes:
         subtasks: Names, in the order of their columns.
+        pairs: Ids of the pairs that have a column.
     """
 
     def __init__(self, banks: Sequence[pa.Table], mean_learning_rates: Sequence[float], target: TargetConfig) -> None:
         directions = target_directions(banks, target)
         self.normalize, self.aggregation = target.normalize, target.aggregation
         self.subtasks = list(subtask_order(directions[0].subtasks))
-        self._vectors_TD = [
-            weight * aggregate_subtasks(each.vectors_UD.T, each.subtasks).T
-            for weight, each in zip(checkpoint_weights(mean_learning_rates), directions, strict=True)
+        self.pairs = list(directions[0].names) if target.scores_pairs else []
+        weights = checkpoint_weights(mean_learning_rates)
+        # Subtasks first, then pairs: a row meets them in one product.
+        self._vectors_UD = [
+            weight
+            * np.vstack([aggregate_subtasks(each.vectors_UD.T, each.subtasks).T, each.vectors_UD[: len(self.pairs)]])
+            for weight, each in zip(weights, directions, strict=True)
         ]
 
     def score(self, rows: ScorableRows) -> pa.Table:
-        """Return the rows' part of the score table, schema ``scores_schema``, ranks left 0."""
-        subtask_scores_NT = np.zeros((rows.table.num_rows, len(self.subtasks)))
-        for table, features_ND, vectors_TD in zip(rows.tables, rows.features, self._vectors_TD, strict=True):
-            products_NT = influence(features_ND, vectors_TD)
+        """See `RowScorer`."""
+        scores_NU = np.zeros((rows.table.num_rows, len(self.subtasks) + len(self.pairs)))
+        for table, features_ND, vectors_UD in zip(rows.tables, rows.features, self._vectors_UD, strict=True):
+            products_NU = influence(features_ND, vectors_UD)
             scales_N = row_scales(table, features_ND, self.normalize)
             with np.errstate(invalid="ignore"):  # `_check_finite` names the rows
-                subtask_scores_NT += products_NT if scales_N is None else products_NT * scales_N[:, None]
-        scores_N = aggregate_scores(subtask_scores_NT, self.aggregation)
-        _check_finite(rows, scores_N)
-        columns = [
-            *rows.table.select(["row_id", "source", "num_tokens", "num_labelled_tokens"]).columns,
-            *rows.table.select(["gradient_norm", "momentum_share"]).columns,
-            *(pa.array(column_N.astype(np.float32)) for column_N in subtask_scores_NT.T),
-            pa.array(scores_N.astype(np.float32)),
-            pa.array(np.zeros(len(scores_N), np.int64)),
-            pa.repeat(rows.shard, len(scores_N)),
-        ]
-        return pa.Table.from_arrays(columns, schema=scores_schema(self.subtasks))
+                scores_NU += products_NU if scales_N is None else products_NU * scales_N[:, None]
+        num_subtasks = len(self.subtasks)
+        return score_rows(
+            rows,
+            dict(zip(self.subtasks, scores_NU.T[:num_subtasks], strict=True)),
+            dict(zip(self.pairs, scores_NU.T[num_subtasks:], strict=True)),
+            self.aggregation,
+        )
+
+
+def score_rows(
+    rows: ScorableRows,
+    subtasks: Mapping[str, np.ndarray],
+    pairs: Mapping[str, np.ndarray],
+    aggregation: ScoreMode,
+) -> pa.Table:
+    """Return rows' part of a score table, schema ``scores_schema``, ranks left 0.
+
+    Args:
+        rows: What no target changes.
+        subtasks: Scores [N] by subtask.
+        pairs: Scores [N] by pair, of pairs that have columns.
+        aggregation: From subtasks to the score.
+
+    Raises:
+        NonFiniteError: A score is NaN or infinite; the rows are named.
+    """
+    scores_N = aggregate_scores(np.stack(list(subtasks.values()), axis=1), aggregation)
+    _check_finite(rows, scores_N)
+    columns = [
+        *rows.table.select(["row_id", "source", "num_tokens", "num_labelled_tokens"]).columns,
+        *rows.table.select(["gradient_norm", "momentum_share"]).columns,
+        *(pa.array(column_N.astype(np.float32)) for column_N in (*subtasks.values(), *pairs.values())),
+        pa.array(scores_N.astype(np.float32)),
+        pa.array(np.zeros(len(scores_N), np.int64)),
+        pa.repeat(rows.shard, len(scores_N)),
+    ]
+    return pa.Table.from_arrays(columns, schema=scores_schema(list(subtasks), list(pairs)))
+
+
+class RowScorer(Protocol):
+    """What turns features into a part of a score table.
+
+    Attributes:
+        subtasks: Names, in the order of their columns.
+        pairs: Ids of the pairs that have a column.
+    """
+
+    subtasks: list[str]
+    pairs: list[str]
+
+    def score(self, rows: ScorableRows) -> pa.Table:
+        """Return the rows' part of the score table, schema ``scores_schema``, ranks left 0."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -159,7 +206,7 @@ class ScorableRows:
     rejected: pa.Table
 
 
-def score_shards(shards: Iterable[ShardRows], scorers: Sequence[TargetScorer], tables: Sequence[ScoreTable]) -> None:
+def score_shards(shards: Iterable[ShardRows], scorers: Sequence[RowScorer], tables: Sequence[ScoreTable]) -> None:
     """Score the pool for several targets in one pass, a shard at a time, and add to the targets' tables.
 
     Args:

@@ -26,15 +26,16 @@ class ScoreTable:
 
     Args:
         subtasks: Names, in the order of their columns.
+        pairs: Ids of pairs that have columns of their own.
 
     Attributes:
-        schema: ``scores_schema`` of the subtasks.
+        schema: ``scores_schema`` of both.
         num_wanted: Rows that were to be scored.
         reasons: Rejected rows by reason.
     """
 
-    def __init__(self, subtasks: Sequence[str]) -> None:
-        self.schema = scores_schema(list(subtasks))
+    def __init__(self, subtasks: Sequence[str], pairs: Sequence[str] = ()) -> None:
+        self.schema = scores_schema(subtasks, pairs)
         self.num_wanted = 0
         self.reasons: Counter[str] = Counter()
         self._scored, self._rejected = Spool(self.schema), Spool(FEATURE_REJECTED)

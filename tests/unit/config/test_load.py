@@ -106,6 +106,19 @@ def test_a_wrong_type_or_value_is_named(override: str, message: str) -> None:
             ["warmup={adapters: [a], epochs: 2, batch_size: 8, seed: 0}"],
             "adapters are used as they are, which leaves no use for epochs, batch_size: take them out",
         ),
+        (
+            ["targets.0.objective=dpo_weighted", "targets.0.selection={count: 1, method: round_robin_pairs}"],
+            "round_robin_pairs needs a score a pair, but objective: dpo_weighted makes one direction",
+        ),
+        (
+            [
+                "targets.0.exact=true",
+                "gradients.exact_basis=subtasks",
+                "targets.0.selection={count: 1, method: round_robin_pairs}",
+            ],
+            "round_robin_pairs needs exact scores of pairs, which gradients.exact_basis: subtasks does not keep",
+        ),
+        (["training_set.selection.method=round_robin_pairs"], "training_set.selection.method"),
         (["targets.0.official_cut=keep_end"], "official_cut: keep_end has no meaning with encoding: chat"),
         (["ray.gpus_per_actor=1.5"], "ray.gpus_per_actor: 1.5 GPUs: Ray shares one GPU among actors"),
         (["warmup.adapter_weights=[1, 2]"], "adapter_weights has 2 entries for 0 adapters"),

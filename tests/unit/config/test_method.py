@@ -9,6 +9,7 @@ import pytest
 
 from rose_ray.config import parse_config
 from rose_ray.errors import ConfigError
+from rose_ray.methods.registry import method_of
 from tests.distributed.tiny import tiny_content
 
 RANDOM = {"name": "t", "method": "random"}
@@ -25,8 +26,46 @@ def test_less_is_the_objective_less() -> None:
     assert job({"name": "t", "method": "less", "objective": "less", **PAIRS}).targets[0] == target
 
 
+def test_gist_is_exact_and_looks_at_the_chosen_answers_by_default() -> None:
+    config = job({"name": "t", "method": "gist", **PAIRS})
+    (target,) = config.targets
+    assert (target.objective, target.exact, config.is_exact(target)) == ("less", False, True)
+    assert target.gist is not None and target.gist.rank is None
+    ours = {"name": "t", "method": "gist", "objective": "rose", "method_options": {"rank": 3}, **PAIRS}
+    (target,) = job(ours).targets
+    assert target.objective == "rose" and target.gist is not None and target.gist.rank == 3
+    with pytest.raises(
+        ConfigError, match=r"gist compares rows with single pairs, which gradients\.exact_basis: subtasks"
+    ):
+        parse_config({**tiny_content(Path("in"), "ws"), "targets": [ours]}, ["gradients.exact_basis=subtasks"])
+
+
+def test_pairs_take_turns_for_rds_plus_unless_told_otherwise() -> None:
+    for selection, method in (
+        ({}, "round_robin_pairs"),
+        ({"selection": {"count": 3}}, "round_robin_pairs"),
+        ({"selection": {"method": "top_k"}}, "top_k"),
+    ):
+        (target,) = job({"name": "t", "method": "rds_plus", **PAIRS, **selection}).targets
+        assert target.selection.method == method
+    (target,) = job({"name": "t", "method": "rds", **PAIRS}).targets
+    assert target.selection.method == "top_k"
+
+
+def test_a_method_without_scores_of_pairs_cannot_let_them_take_turns() -> None:
+    for method, gives in (("dsir", "one a subtask"), ("loss_drop", "one")):
+        target = {"name": "t", "method": method, **PAIRS, "selection": {"method": "round_robin_pairs"}}
+        with pytest.raises(ConfigError, match=f"needs a score a pair, and method {method} gives {gives}:"):
+            method_of(job(target).targets[0])
+
+
 def test_a_dumped_job_can_be_read_again() -> None:
-    for target in ({"name": "t", "method": "less", **PAIRS}, {**RANDOM, "method_options": {"seed": 3}}):
+    for target in (
+        {"name": "t", "method": "less", **PAIRS},
+        {"name": "t", "method": "gist", "method_options": {"rank": 2}, **PAIRS},
+        {"name": "t", "method": "rds_plus", **PAIRS},
+        {**RANDOM, "method_options": {"seed": 3}},
+    ):
         config = job(target)
         assert parse_config(config.model_dump(mode="json", exclude_none=True)) == config
 
@@ -52,7 +91,7 @@ def test_a_preset_is_for_targets_of_gradients() -> None:
     ("target", "message"),
     [
         ({"name": "t", "method": "bm52", **PAIRS}, "targets.0.method: unknown method 'bm52'; did you mean 'bm25'?"),
-        ({"name": "t", "method": "magic", **PAIRS}, "unknown method 'magic'; expected one of rose, less, random"),
+        ({"name": "t", "method": "magic", **PAIRS}, "unknown method 'magic'; expected one of rose, less, gist, random"),
         ({"name": "t", "method": "a.b", **PAIRS}, "or package.module:Class for one of your own"),
         ({"name": "t"}, "target t: method rose needs preference pairs: set `pairs`"),
         ({"name": "t", "method": "bm25"}, "target t: method bm25 needs preference pairs: set `pairs`"),
@@ -67,6 +106,20 @@ def test_a_preset_is_for_targets_of_gradients() -> None:
         ({"name": "t", "method_options": {"seed": 1}, **PAIRS}, "method_options: rose has none"),
         ({**RANDOM, "objective": "less"}, "objective: no meaning with method: random"),
         ({**RANDOM, "exact": True, "normalize": "none"}, "normalize and exact: no meaning with method: random"),
+        ({"name": "t", "method": "rds_plus"}, "target t: method rds_plus needs preference pairs"),
+        (
+            {"name": "t", "method": "gist", "method_options": {"rank": 1}, **PAIRS},
+            "method_options.rank: Input should be",
+        ),
+        ({"name": "t", "method": "gist", "method_options": {"k": 2}, **PAIRS}, "unknown key 'k'; gist has rank"),
+        (
+            {"name": "t", "method": "nuggets", "method_options": {"seed": 1}, **PAIRS},
+            "method_options: seed: no meaning with anchors: target",
+        ),
+        (
+            {"name": "t", "method": "nuggets", "method_options": {"anchors": "pool", "drawn_rows": 9}},
+            "method_options: 100 anchors cannot be chosen of 9 drawn rows",
+        ),
         ({"name": "t", "method": "deita"}, "trained scorers gave, and none are named"),
         (
             {"name": "t", "method": "deita", "method_options": {"complexity_field": "c", "scores_files": ["f"]}},

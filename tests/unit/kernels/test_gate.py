@@ -58,6 +58,7 @@ def slow(
     rules: SourceRules,
     labels: list[int],
     marked: set[int],
+    equal_parts: bool,
 ) -> tuple[list[int], set[int]]:
     """Let columns take turns; every turn walks its whole order from the start."""
     orders = [sorted(range(NUM_ROWS), key=lambda row: (-column[row], row)) for column in columns]
@@ -81,13 +82,22 @@ def slow(
             return False
         return True
 
-    turn = 0
-    while sum(costs[row] for row in taken) < limit:
-        row = next((row for row in orders[turn % len(orders)] if goes(row)), None)
-        if row is None or sum(costs[other] for other in taken) + costs[row] > limit:
-            break
-        taken.append(row)
+    size, turn = len(columns), 0
+    limits = [limit // size + (1 if t < limit % size else 0) for t in range(size)] if equal_parts else [limit]
+    spent = [0] * len(limits)
+    while spent != limits:
+        pot = turn % size if equal_parts else 0
         turn += 1
+        if spent[pot] == limits[pot]:
+            continue
+        row = next((row for row in orders[(turn - 1) % size] if goes(row)), None)
+        if row is None:
+            break
+        if spent[pot] + costs[row] > limits[pot]:
+            limits[pot] = spent[pot]  # its part is closed
+            continue
+        taken.append(row)
+        spent[pot] += costs[row]
     return taken, refused
 
 
@@ -101,7 +111,10 @@ RULES = [
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("num_columns", [1, 3])
 @pytest.mark.parametrize("unit", ["count", "tokens"])
-def test_against_plain_lists(monkeypatch: pytest.MonkeyPatch, rules: SourceRules, num_columns: int, unit: str) -> None:
+@pytest.mark.parametrize("equal_parts", [False, True])
+def test_against_plain_lists(
+    monkeypatch: pytest.MonkeyPatch, rules: SourceRules, num_columns: int, unit: str, equal_parts: bool
+) -> None:
     monkeypatch.setattr(selection, "_LEAST_LOOK", 2)  # so that small pools are looked at in many steps
     monkeypatch.setattr(selection, "_MARGIN", 1)
     for seed in range(25):
@@ -113,7 +126,7 @@ def test_against_plain_lists(monkeypatch: pytest.MonkeyPatch, rules: SourceRules
         sources = [["code", "chat", "math"][place] for place in random.integers(0, 3, NUM_ROWS)]
         costs = tokens.tolist() if unit == "tokens" else [1] * NUM_ROWS
         limit = int(random.integers(1, 12)) if unit == "count" else int(random.integers(30, 200))
-        expected, refused = slow(scores.T.tolist(), costs, limit, sources, rules, labels, marked)
+        expected, refused = slow(scores.T.tolist(), costs, limit, sources, rules, labels, marked, equal_parts)
         gate = Labels(labels, marked)
         columns = ScoreColumns(NUM_ROWS, num_columns, lambda t: scores[:, t], lambda positions: positions.tolist())  # noqa: B023
         try:
@@ -124,6 +137,7 @@ def test_against_plain_lists(monkeypatch: pytest.MonkeyPatch, rules: SourceRules
                 sources=Sources.of(sources),
                 rules=rules,
                 gate=gate,
+                equal_parts=equal_parts,
             )
         except ConfigError:
             assert not expected or sum(costs[row] for row in expected) < limit

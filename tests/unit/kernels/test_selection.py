@@ -69,6 +69,30 @@ def _slow_round_robin(columns: list[list[float]], ids: list[str], quota: SlowQuo
     return quota.taken
 
 
+def _slow_equal_parts(columns: list[list[float]], ids: list[str], quota: SlowQuota) -> list[int]:
+    """Turns as above, but a subtask whose next row would pass its own part of the budget is out."""
+    orders, size = [_slow_order(column, ids) for column in columns], len(columns)
+    parts = [quota.limit // size + (1 if t < quota.limit % size else 0) for t in range(size)]
+    spent, out = [0] * size, {t for t in range(size) if parts[t] == 0}
+    turn = 0
+    while len(out) < size:
+        t = turn % size
+        turn += 1
+        if t in out:
+            continue
+        row = next((r for r in orders[t] if r not in quota.taken and quota.allows(r)), None)
+        if row is None:
+            break
+        if spent[t] + quota.costs[row] > parts[t]:
+            out.add(t)
+            continue
+        quota.taken.append(row)
+        spent[t] += quota.costs[row]
+        if spent[t] == parts[t]:
+            out.add(t)
+    return quota.taken
+
+
 RULES = [
     SourceRules(),
     SourceRules(include=["code", "math"]),
@@ -96,6 +120,13 @@ def test_both_ways_of_choosing_equal_a_slow_walk(seed: int, rules: SourceRules, 
         expected = _slow_round_robin(columns, ids, SlowQuota(limit, costs, sources, rules))
         chosen = choose(given, ids, budget, num_tokens_N=np.array(tokens), sources=sources, rules=rules)
         assert chosen.dtype == np.int64 and chosen.tolist() == expected
+    expected = _slow_equal_parts(scores.T.tolist(), ids, SlowQuota(limit, costs, sources, rules))
+    if not expected:  # every subtask's part is smaller than its best row
+        return
+    chosen = round_robin(
+        scores, ids, budget, num_tokens_N=np.array(tokens), sources=sources, rules=rules, equal_parts=True
+    )
+    assert chosen.tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -188,6 +219,28 @@ def test_arrays_and_lists_are_the_same() -> None:
             rules=rules,
         )
         assert np.array_equal(ours, expected)
+
+
+def test_equal_parts_of_a_token_budget_by_hand() -> None:
+    #                  a    b    c    d    e
+    scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0]]).T
+    tokens = np.array([6, 5, 1, 2, 1])
+    ids = ["a", "b", "c", "d", "e"]
+
+    def chosen(limit: int, equal_parts: bool) -> list[int]:
+        budget = Budget(tokens=limit)
+        return round_robin(scores, ids, budget, num_tokens_N=tokens, equal_parts=equal_parts).tolist()
+
+    assert chosen(12, False) == [0, 4, 1]  # 6 + 1 + 5 tokens: the first column spends 11 of 12
+    assert chosen(12, True) == [0, 4, 3, 2]  # 6 for a; e, d and c for the second column, whose b no longer fits
+
+
+def test_equal_parts_of_a_budget_of_rows_are_turns() -> None:
+    for seed in range(5):
+        scores, ids, _, _ = _pool(seed)
+        for count in (1, 2, 3, 10, 11):
+            turns = round_robin(scores, ids, Budget(count=count))
+            assert round_robin(scores, ids, Budget(count=count), equal_parts=True).tolist() == turns.tolist()
 
 
 def test_one_subtask_takes_turns_with_itself() -> None:

@@ -11,9 +11,24 @@ import pyarrow as pa
 import pytest
 
 from rose_ray.config.target import PairInput, TargetConfig
-from rose_ray.errors import AccountingError, AlteredFileError, DataError, NonFiniteError, SpaceMismatchError
+from rose_ray.errors import (
+    AccountingError,
+    AlteredFileError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    SpaceMismatchError,
+)
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema, scores_schema
-from rose_ray.stages.score import ShardRows, TargetScorer, check_same_space, score_shards, target_directions
+from rose_ray.stages.gist import SpanScorer
+from rose_ray.stages.score import (
+    ShardRows,
+    TargetScorer,
+    check_same_space,
+    scorable_rows,
+    score_shards,
+    target_directions,
+)
 from rose_ray.stages.score_table import ScoreTable
 from rose_ray.stages.stored_features import normalized_features
 from rose_ray.stores.features import StoredShard
@@ -80,6 +95,9 @@ def _shard(
     return ShardRows(name, pa.array(map(digest, wanted), pa.string()), pa.array(sources, pa.string()), shard)
 
 
+BANKS = [_bank(1), _bank(2)]
+
+
 def _names(table: pa.Table) -> list[str]:
     return [bytes.fromhex(row_id).rstrip(b"\0").decode() for row_id in table["row_id"].to_pylist()]
 
@@ -96,17 +114,62 @@ def test_scores_are_weighted_cosines_mean_over_shots_and_the_best_subtask() -> N
     table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]))
     assert table.schema.equals(scores_schema(["b", "a"]), check_metadata=True)
     features = [[_features(["u", "v", "w"], seed)["feature"].to_pylist()] for seed in (1, 2)]
-    directions = [
-        np.array(bank["gradient_l"].to_pylist()) - np.array(bank["gradient_w"].to_pylist())
-        for bank in (_bank(1), _bank(2))
-    ]
-    subtasks, scores = oracles.scores(np.array(features)[:, 0], np.array(directions), [0.75, 0.25], SUBTASKS)
+    subtasks, scores = oracles.scores(np.array(features)[:, 0], np.array(_directions()), [0.75, 0.25], SUBTASKS)
     np.testing.assert_allclose(table["subtask_b"].to_numpy(), subtasks[:, 0], atol=FLOAT32)
     np.testing.assert_allclose(table["subtask_a"].to_numpy(), subtasks[:, 1], atol=FLOAT32)
     np.testing.assert_allclose(table["score"].to_numpy(), scores, atol=FLOAT32)
     assert table["rank"].to_pylist() == (1 + np.argsort(np.argsort(-scores))).tolist()
     mean = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]), aggregation="mean")
     np.testing.assert_allclose(mean["score"].to_numpy(), subtasks.mean(1), atol=FLOAT32)
+
+
+def _directions() -> list[np.ndarray]:
+    sides = [[np.array(bank[name].to_pylist()) for name in ("gradient_l", "gradient_w")] for bank in BANKS]
+    return [rejected - chosen for rejected, chosen in sides]
+
+
+def test_pairs_have_columns_where_they_are_to_take_turns() -> None:
+    settings = {"selection": {"count": 1, "method": "round_robin_pairs"}}
+    table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]), **settings)
+    assert table.schema.equals(scores_schema(["b", "a"], ["p0", "p1", "p2"]), check_metadata=True)
+    features = [np.array(_features(["u", "v", "w"], seed)["feature"].to_pylist()) for seed in (1, 2)]
+    for v in range(3):
+        parts = [[oracles.cosine(f, g[v]) for f in x] for x, g in zip(features, _directions(), strict=True)]
+        expected = 0.75 * np.array(parts[0]) + 0.25 * np.array(parts[1])
+        np.testing.assert_allclose(table[f"pair_p{v}"].to_numpy(), expected, atol=FLOAT32)
+    plain = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]))
+    for name in plain.column_names:
+        assert table[name].equals(plain[name])
+
+
+def test_gist_compares_inside_the_span_of_the_pairs() -> None:
+    settings: dict[str, Any] = {"selection": {"count": 1, "method": "round_robin_pairs"}}
+    rows = scorable_rows(_shard("s0", ["u", "v", "w"]))
+    table = SpanScorer(BANKS, RATES, _target(**settings)).score(rows)
+    expected = np.zeros((3, 3))
+    for weight, seed, directions in zip([0.75, 0.25], (1, 2), _directions(), strict=True):
+        span, _ = np.linalg.qr(directions.T)
+        features = np.array(_features(["u", "v", "w"], seed)["feature"].to_pylist())
+        for n in range(3):
+            inside = span @ (span.T @ features[n])
+            expected[n] += [weight * oracles.cosine(inside, g) for g in directions]
+    for v in range(3):
+        np.testing.assert_allclose(table[f"pair_p{v}"].to_numpy(), expected[:, v], atol=FLOAT32)
+    subtasks = np.stack([(expected[:, 0] + expected[:, 2]) / 2, expected[:, 1]], axis=1)
+    np.testing.assert_allclose(table["subtask_b"].to_numpy(), subtasks[:, 0], atol=FLOAT32)
+    np.testing.assert_allclose(table["score"].to_numpy(), subtasks.max(axis=1), atol=FLOAT32)
+    without = SpanScorer(BANKS, RATES, _target()).score(rows)
+    assert without.schema.equals(scores_schema(["b", "a"]), check_metadata=True)
+    assert without["score"].equals(table["score"])
+
+
+def test_gist_in_one_dimension_says_that_scores_would_be_signs() -> None:
+    with pytest.raises(ConfigError, match=r"inside the span of 1 pairs, which has one dimension, .* is \+1 or -1"):
+        SpanScorer([_bank(1, ["b"])], [1.0], _target())
+    with pytest.raises(ConfigError, match="one dimension"):
+        SpanScorer(BANKS, RATES, _target(), rank=1)
+    with pytest.raises(ConfigError, match="4 dimensions, but 3 validation gradients span 3"):
+        SpanScorer(BANKS, RATES, _target(), rank=4)
 
 
 def test_the_other_columns_are_the_rows_own() -> None:

@@ -94,6 +94,26 @@ def test_subtasks_take_turns() -> None:
     assert _chosen(count=4, method="round_robin") == ["a", "c", "b", "d"]
 
 
+def test_subtasks_spend_equal_parts() -> None:
+    assert _chosen(count=3, method="equal_parts") == ["a", "c", "b"]
+    assert _chosen(tokens=60, method="equal_parts") == ["a", "c", "b"]  # 10 + 20 tokens, and 30
+    assert _chosen(tokens=80, method="round_robin") == ["a", "c", "b"]  # d would make 100
+    assert _chosen(tokens=80, method="equal_parts") == ["a", "c", "b"]
+
+
+def test_pairs_take_turns() -> None:
+    table = _scores()
+    place = table.schema.get_field_index("score")
+    for number, values in enumerate(([0.0, 0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.1, 0.2, -0.1], [0.0, 0.0, 0.0, 0.5, 1.0])):
+        column = pa.array(values, pa.float32())
+        table = table.add_column(place + number, pa.field(f"pair_p{number}", pa.float32(), nullable=False), column)
+    candidates = target_candidates(_opened(table), ["first", "second"], 5, ["p0", "p1", "p2"])
+    assert _chosen(candidates, count=4, method="round_robin_pairs") == ["e", "a", "d", "c"]
+    assert _rows(candidates, [4, 0])["best_for"].to_pylist() == ["first", "first"]
+    with pytest.raises(ConfigError, match="needs the scores of single pairs, which this score table lacks"):
+        _chosen(count=4, method="round_robin_pairs")
+
+
 def test_sources_in_out_and_quotas() -> None:
     assert _chosen(count=2, include_sources=["y"]) == ["c", "d"]
     assert _chosen(count=2, exclude_sources=["x"]) == ["c", "d"]
@@ -118,6 +138,8 @@ def test_a_joint_set_lets_targets_take_turns_and_lists_the_best_score() -> None:
     assert list(candidates.choices) == ["hh", "se"]
     assert candidates.score() == pytest.approx([0.9, 0.8, 0.7, 0.6, 1.0])
     assert _chosen(candidates, count=4, method="round_robin") == ["a", "e", "b", "d"]
+    mean = joint_candidates({"hh": _opened(_scores()), "se": _opened(reversed_scores)}, 5, "mean")
+    assert mean.score() == pytest.approx([0.45, 0.45, 0.45, 0.45, 0.45]) and mean.score().dtype == np.float32
     table = _rows(candidates, [0, 4])
     assert table["best_for"].to_pylist() == ["hh", "se"]
 
