@@ -107,7 +107,7 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
         return
     check_selections(job.config, pool.facts["sources"])
     # Read now what is needed later: a bad pair is said before GPUs are spent.
-    pairs = {target.name: read_target_pairs(target) if target.pairs else [] for target in job.config.targets}
+    pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     check_test_text(job.config)
     warmup = warm_up(job, pool, new_warmup) if needs.warmup else None
     if warmup is not None and job.config.gradient_targets:

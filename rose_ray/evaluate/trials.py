@@ -165,6 +165,7 @@ def plan_trials(
         trial
         for control in config.controls
         for arm in selections
+        if pairs[arm]  # a method that looks at no pair leaves nothing to train a control on
         for seed in config.seeds
         for trial in [_control(planner, control, arm, seed, selections[arm], pairs[arm])]
     ]

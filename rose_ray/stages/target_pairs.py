@@ -16,7 +16,8 @@ from rose_ray.filesystem import expand
 def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[PreferencePair]:
     """Read and check all pairs of a target.
 
-    Shots are counted in pairs; of a task in labelled rows, whose pairs stay together.
+    Shots are counted in pairs; of a task in labelled rows, whose pairs stay together. A target whose method looks at no
+    pair may have none.
 
     Args:
         target: Names the files.
@@ -26,6 +27,8 @@ def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[Pre
         DataError: A file cannot be read.
         PairError: Pairs that cannot be used, or too few of them.
     """
+    if not target.pairs:
+        return []
     pairs: list[PreferencePair] = []
     shots: dict[str, str] = {}
     for entry in target.pairs:
