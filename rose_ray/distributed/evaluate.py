@@ -62,7 +62,7 @@ class Evaluation:
         bench: What all models share.
         planner: Says what trainings depend on.
         scores: Of every arm.
-        population: Row ids that were scored, sorted.
+        population: Row ids that were scored for every arm, sorted.
         sizes: Rows of every budget.
     """
 
@@ -111,7 +111,7 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
     """
     settings = evaluation_config(config)
     benchmarks = read_benchmarks(settings)
-    pairs = {target.name: read_target_pairs(target) for target in config.targets}
+    pairs = {target.name: read_target_pairs(target) if target.pairs else [] for target in config.targets}
     check_apart(pairs, benchmarks)
     with ray_session(config.ray):
         result = run_job(config)
@@ -134,7 +134,7 @@ def _prepare(
     identity: ModelIdentity = ray.get(job.task(describe_model, model, lora))
     arms = settings.arms or [target.name for target in config.targets]
     scores = {arm: result.scores[arm] for arm in arms}
-    population = ray.get(job.task(scored_rows, workspace, scores[arms[0]]))
+    population = ray.get(job.task(scored_rows, workspace, list(scores.values())))
     bench = Workbench(
         workspace,
         result.pool,
@@ -150,10 +150,11 @@ def _prepare(
     return Evaluation(job, settings, bench, TrainingPlanner(settings, model, lora, identity), scores, population, sizes)
 
 
-def scored_rows(workspace: Workspace, scores: Manifest) -> list[str]:
-    """Return the ids of the rows of a score table, sorted."""
-    record = scores.file(SCORES_FILE)
-    return sorted(workspace.read_table(record.path, record, columns=["row_id"])["row_id"].to_pylist())
+def scored_rows(workspace: Workspace, scores: Sequence[Manifest]) -> list[str]:
+    """Return the ids of the rows that stand in every score table, sorted: a method may set rows aside."""
+    records = [manifest.file(SCORES_FILE) for manifest in scores]
+    tables = (workspace.read_table(record.path, record, columns=["row_id"]) for record in records)
+    return sorted(set.intersection(*(set(table["row_id"].to_pylist()) for table in tables)))
 
 
 def run_evaluation(config: JobConfig) -> tuple[Index, list[str]]:

@@ -57,7 +57,8 @@ def _run(evaluation: Evaluation, target: str) -> list[str]:
             "all subsets would be one. Lower it."
         )
     own = Benchmark(f"own pairs of {target}", "pairs", pairs=tuple(bench.pairs[target]))
-    bench = replace(bench, benchmarks=[own, *(b for b in bench.benchmarks if b.kind == "pairs")])
+    held_out = [benchmark for benchmark in bench.benchmarks if benchmark.kind == "pairs"]
+    bench = replace(bench, benchmarks=[own, *held_out] if own.pairs else held_out)
     evaluation = replace(evaluation, bench=bench)
     subsets = random_subsets(evaluation.population, size, settings)
     trainings = [evaluation.planner.on_rows(subset, settings.seed) for subset in subsets]

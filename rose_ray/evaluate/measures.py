@@ -51,7 +51,8 @@ def encoded_benchmark_pairs(benchmark: Benchmark, tokeniser: Tokeniser) -> list[
     Raises:
         PairError: Pairs that cannot be used, listed.
     """
-    config = TargetConfig(name=benchmark.name, pairs=[PairInput(files=["-"])])
+    # For its encoding and its name in messages, which may be more than a path allows: "own pairs of X".
+    config = TargetConfig(name="benchmark", pairs=[PairInput(files=["-"])]).model_copy(update={"name": benchmark.name})
     return encode_pairs(benchmark.pairs, tokeniser, config)
 
 
