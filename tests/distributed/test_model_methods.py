@@ -1,4 +1,4 @@
-"""Every method that needs the model, once through a whole job, beside a gradient target."""
+"""Methods that need the model, once through a whole job, beside a gradient target; variants of one: unit tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.distributed import tiny
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.reading import digests, opened, read_file
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def targets(inputs: Path) -> list[dict[str, Any]]:
@@ -23,11 +23,9 @@ def targets(inputs: Path) -> list[dict[str, Any]]:
     return [
         tiny.tiny_content(inputs, "ws")["targets"][0],
         {"name": "span", "method": "gist", "pairs": pairs, **few},
-        {"name": "states", "method": "rds", "pairs": pairs, **few},
         {"name": "weighted", "method": "rds_plus", "pairs": pairs, **few},
         {"name": "hard", "method": "ifd", **few},
         {"name": "drop", "method": "loss_drop", "method_options": {"epochs": 2}, "pairs": pairs, **few},
-        {"name": "shown", "method": "nuggets", "pairs": pairs, **few},
         {
             "name": "shown_pool",
             "method": "nuggets",
@@ -55,7 +53,7 @@ def test_each_runs_and_is_found_again(finished: FinishedJob, copied: Path) -> No
         table = read_file(copied, scores, "scores.parquet")
         with_pairs = [f"pair_{pair}" for pair in pair_ids] if name == "weighted" else []
         assert [column for column in table.column_names if column.startswith("pair_")] == with_pairs
-        subtasks = tiny.SUBTASKS if name in ("alpha", "span", "states", "weighted", "shown") else (name,)
+        subtasks = tiny.SUBTASKS if name in ("alpha", "span", "weighted") else (name,)
         assert scores.facts["subtasks"] == list(subtasks)
         assert len(set(table["score"].to_pylist())) > 1, name
     span = read_file(copied, result.scores["span"], "scores.parquet")["score"].to_numpy()
