@@ -111,7 +111,7 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
     """
     settings = evaluation_config(config)
     benchmarks = read_benchmarks(settings)
-    pairs = {target.name: read_target_pairs(target) if target.pairs else [] for target in config.targets}
+    pairs = {target.name: read_target_pairs(target) for target in config.targets}
     check_apart(pairs, benchmarks)
     with ray_session(config.ray):
         result = run_job(config)
