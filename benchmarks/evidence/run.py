@@ -48,7 +48,6 @@ def selected_rows(workspace: Path, targets: list[str]) -> list[dict[str, Any]]:
             {
                 "target": target,
                 "rows": len(each),
-                "labelled tokens, median": float(np.median([row["num_labelled_tokens"] for row in each])),
                 "tokens, median": float(np.median([row["num_tokens"] for row in each])),
                 f"share of {CONTROL_SOURCE}": sources.get(CONTROL_SOURCE, 0) / len(each),
                 "Jaccard with rose": len(own & first) / len(own | first) if first else None,
