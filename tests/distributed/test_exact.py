@@ -103,7 +103,7 @@ def test_one_pass_makes_both_and_a_new_target_is_scored_from_the_features(finish
     assert set(receipts) <= set((copied / "features").glob("*/*/manifest.json"))
 
 
-def test_stored_forms_and_deflation_keep_the_order(finished: FinishedJob, copied: Path) -> None:
+def test_stored_forms_keep_the_order(finished: FinishedJob, copied: Path) -> None:
     exact = _scores(copied, _run(finished, copied, UNPROJECTED), "alpha")
 
     def order(stored_dtype: str) -> float:

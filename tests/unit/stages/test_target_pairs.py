@@ -16,7 +16,8 @@ from rose_ray.stages.held_out import check_held_out
 from rose_ray.stages.target_pairs import read_target_pairs
 from tests.tiny import make_pair_rows, write_jsonl
 
-TASKS = Path("/work/shared/data/tasks")
+TASKS = Path(__file__).parents[4] / "shared/data/tasks"
+"""Lies beside the checkout, if at all."""
 needs_tasks = pytest.mark.skipif(not TASKS.exists(), reason=f"the released task files are not at {TASKS}")
 MC = {"kind": "multiple_choice"}
 EXACT = {"kind": "exact_answer"}
