@@ -170,10 +170,7 @@ def _compute(
         )
     )
     progress, num_halvings = Progress("features", num_rows, "rows"), 0
-    needs = f"each of {settings.actors} actors needs {settings.cpus_per_actor * settings.ranks_per_actor:g} CPU"
-    if settings.gpus_per_actor:
-        needs += f" and {settings.gpus_per_actor * settings.ranks_per_actor:g} GPU"
-    with said_while_waiting(progress, f"{needs}, a reading task {settings.cpus_per_task:g} CPU"):
+    with said_while_waiting(progress, settings):
         for line in lines.iter_rows():
             num_halvings += int(line["num_halvings"])
             progress.advance(int(line["rows"]), note=f"shard {line['shard']}")

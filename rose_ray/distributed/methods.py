@@ -23,6 +23,7 @@ from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.roll import called_roll
 from rose_ray.distributed.tokens import count_shard_tokens
+from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError, ConfigError, DataError
 from rose_ray.methods import shards as steps
 from rose_ray.methods.interface import Method, Target
@@ -230,8 +231,9 @@ def _score_with_model(view: _Pool, stage: str, run: MethodRun, missing: Sequence
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
         )
-        for line in lines.iter_rows():
-            progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
+        with said_while_waiting(progress, settings):
+            for line in lines.iter_rows():
+                progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
 
 
 def _spec(job: Job, warmup: Manifest | None) -> Any:

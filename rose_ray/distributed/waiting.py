@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
+from rose_ray.config.cluster import RayConfig
 from rose_ray.distributed.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -17,12 +18,12 @@ _SECONDS = 60.0
 
 
 @contextmanager
-def said_while_waiting(progress: Progress, needs: str, seconds: float = _SECONDS) -> Iterator[None]:
-    """Log what the cluster has free whenever a stage has not gone on for so long.
+def said_while_waiting(progress: Progress, settings: RayConfig, seconds: float = _SECONDS) -> Iterator[None]:
+    """Log what the cluster has free, and what scoring actors need, whenever a stage has not gone on for so long.
 
     Args:
         progress: Of the stage.
-        needs: What its processes need.
+        settings: Actors and resources.
         seconds: Between two looks.
     """
     finished = threading.Event()
@@ -31,7 +32,7 @@ def said_while_waiting(progress: Progress, needs: str, seconds: float = _SECONDS
         before = progress.done
         while not finished.wait(seconds):
             if progress.done == before:
-                logger.info(f"{progress.stage}: nothing finished in {seconds:g} s; {_free()}; {needs}")
+                logger.info(f"{progress.stage}: nothing finished in {seconds:g} s; {_free()}; {_needs(settings)}")
             before = progress.done
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -41,6 +42,13 @@ def said_while_waiting(progress: Progress, needs: str, seconds: float = _SECONDS
     finally:
         finished.set()
         watcher.join()
+
+
+def _needs(settings: RayConfig) -> str:
+    ranks = settings.ranks_per_actor
+    gpus = f" and {settings.gpus_per_actor * ranks:g} GPU" if settings.gpus_per_actor else ""
+    each = f"each of {settings.actors} actors needs {settings.cpus_per_actor * ranks:g} CPU{gpus}"
+    return f"{each}, a reading task {settings.cpus_per_task:g} CPU"
 
 
 def _free() -> str:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from rose_ray.config.cluster import RayConfig
 from rose_ray.distributed import progress
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.waiting import said_while_waiting
@@ -92,8 +93,8 @@ def test_all_at_once(clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_a_stage_that_waits_says_what_is_free(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="rose_ray")
     shown = Progress("features", 10, "rows")
-    with said_while_waiting(shown, "an actor needs 1 CPU", seconds=0.5):
+    with said_while_waiting(shown, RayConfig(), seconds=0.5):
         time.sleep(0.8)
     line = caplog.messages[0]
     assert line.startswith("features: nothing finished in 0.5 s; free on the cluster: ")
-    assert line.endswith("of 2 CPU; an actor needs 1 CPU")
+    assert line.endswith("of 2 CPU; each of 1 actors needs 1 CPU, a reading task 0.25 CPU")
