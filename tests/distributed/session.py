@@ -1,9 +1,13 @@
-"""One local Ray for all tests that need one: starting it, and its workers' imports, is what costs."""
+"""One local Ray for all tests that need one: starting it, and what its workers import, is what costs."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from tests.distributed.fork_server import fork_server
 
 NUM_CPUS = 2
 """What the cluster has, whatever the machine has."""
@@ -22,15 +26,17 @@ def local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        num_cpus=NUM_CPUS,
-        include_dashboard=True,
-        logging_level="ERROR",
-        log_to_driver=False,
-        _system_config=_KEEP_IDLE_WORKERS,
-        runtime_env={"env_vars": worker_environment(RayConfig())},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    environ = worker_environment(RayConfig())
+    with tempfile.TemporaryDirectory() as folder, fork_server(Path(folder), environ) as worker_command:
+        ray.init(
+            num_cpus=NUM_CPUS,
+            include_dashboard=True,
+            logging_level="ERROR",
+            log_to_driver=False,
+            _system_config=_KEEP_IDLE_WORKERS,
+            runtime_env={"env_vars": environ, "py_executable": worker_command},
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
