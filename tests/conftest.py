@@ -1,8 +1,8 @@
-"""Small things that many tests share. Nothing here needs the network or Ray."""
+"""What many tests share: small things that need neither network nor Ray, and the one local Ray for those that do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -33,6 +33,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)  # tiny tensors: handing them to threads costs more than the sums
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """See `local_ray`."""
+    from tests.distributed.session import local_ray
+
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="session")

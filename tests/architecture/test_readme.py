@@ -82,24 +82,21 @@ def first_row_id() -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: str) -> None:
-    from rose_ray.config.cluster import RayConfig
-    from rose_ray.distributed.session import ray_session
-
+def test_commands_run_in_order(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for Ray's workers, where the package is not installed
     job = job_of_readme()
     assert job["ray"]["address"] == "local"
     runner, done = CliRunner(), []
-    with ray_session(RayConfig(address="local")):
-        for arguments in commands():
-            arguments = [first_row_id() if argument == "ROW_ID" else argument for argument in arguments]
-            result = runner.invoke(app, arguments)
-            assert result.exit_code == 0, f"rose-ray {shlex.join(arguments)}: {result.output}"
-            if arguments[0] == "init":
-                assert Path(CONFIG_FILE).is_file()
-                write_inputs(job, base_folder)
-            done.append(arguments[0])
+    for arguments in commands():
+        arguments = [first_row_id() if argument == "ROW_ID" else argument for argument in arguments]
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, f"rose-ray {shlex.join(arguments)}: {result.output}"
+        if arguments[0] == "init":
+            assert Path(CONFIG_FILE).is_file()
+            write_inputs(job, base_folder)
+        done.append(arguments[0])
     assert {"init", "validate", "run", "status", "explain", "features"} <= set(done)
     (latest,) = Path().glob("my-workspace/selections/*/latest.json")
     folder = Path("my-workspace") / json.loads(latest.read_text())["folder"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rose_ray.config import JobConfig
-from tests.distributed.session import local_ray
 from tests.distributed.tiny import tiny_job, write_inputs
 
 if TYPE_CHECKING:
@@ -27,13 +25,6 @@ class FinishedJob:
     config: JobConfig
     workspace: Path
     result: RunResult
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """See `local_ray`."""
-    with local_ray():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +51,13 @@ def copied(finished: FinishedJob, tmp_path: Path) -> Path:
     workspace = tmp_path / "workspace"
     shutil.copytree(finished.workspace, workspace)
     return workspace
+
+
+def copy_up_to_warmup(finished: FinishedJob, workspace: Path) -> None:
+    """Copy the finished job's workspace, less what follows the warm-up."""
+    shutil.copytree(finished.workspace, workspace)
+    for stage in ("bank", "features", "scores", "selections", "budgets"):
+        shutil.rmtree(workspace / stage, ignore_errors=True)
 
 
 _FIRST, _SECOND = "m", "n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,14 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.util import placement_group_table
+from ray.util.state import list_actors
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.run import run_job
 from rose_ray.errors import ConfigError, ResourceError
-from tests.distributed.conftest import FinishedJob
+from tests.distributed.conftest import FinishedJob, copy_up_to_warmup
 from tests.distributed.reading import made_stages
-from tests.distributed.session import NUM_CPUS
 from tests.distributed.tiny import tiny_content
 
 SETTINGS = [
@@ -52,32 +52,37 @@ def plain(finished: FinishedJob, tmp_path_factory: pytest.TempPathFactory) -> di
     return scores(workspace)
 
 
-def copy_up_to_warmup(finished: FinishedJob, workspace: Path) -> None:
-    shutil.copytree(finished.workspace, workspace)
-    for stage in ("bank", "features", "scores", "selections", "budgets"):
-        shutil.rmtree(workspace / stage, ignore_errors=True)
-
-
 @pytest.mark.ray
 def test_a_gang_scores_as_one_process_does(finished: FinishedJob, plain: dict[str, np.ndarray], tmp_path: Path) -> None:
     copy_up_to_warmup(finished, tmp_path / "workspace")
     content = tiny_content(finished.inputs, tmp_path / "workspace")
-    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "workspace",))
+    free, killed = ray.available_resources()["CPU"], list[int]()
+    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "workspace", killed))
     killer.start()
     result = run_job(parse_config(content, SETTINGS))
     killer.join()
+    assert len(killed) == 1
+    assert [group["state"] for group in placement_group_table().values() if "gang" in group["name"]] == 2 * ["REMOVED"]
     assert "features" in made_stages(result.stages) and "bank alpha" in made_stages(result.stages)
     found = scores(tmp_path / "workspace")
     assert found["row_id"].tolist() == plain["row_id"].tolist()
     np.testing.assert_allclose(found["score"], plain["score"], atol=SCORE_BOUND)
     np.testing.assert_allclose(found["gradient_norm"], plain["gradient_norm"], rtol=1e-5)
     deadline = time.monotonic() + 30  # what is killed is gone a little later
-    while ray.available_resources().get("CPU") != NUM_CPUS:
-        assert time.monotonic() < deadline, ray.available_resources()
+    while ray.available_resources()["CPU"] < free:
+        assert time.monotonic() < deadline, holders()
         time.sleep(0.2)
 
 
-def kill_a_rank(workspace: Path) -> None:
+def holders() -> str:
+    """Who may hold resources of the cluster, for a message."""
+    groups = [(group["name"], group["state"], group["bundles"]) for group in placement_group_table().values()]
+    actors = [(each.class_name, each.state, each.required_resources) for each in list_actors(detail=True)]
+    held = [actor for actor in actors if actor[1] != "DEAD" and actor[2]]
+    return f"{ray.available_resources()}; groups {[group for group in groups if group[1] != 'REMOVED']}; actors {held}"
+
+
+def kill_a_rank(workspace: Path, killed: list[int]) -> None:
     """Kill one of the ranks that make features, once a shard is finished."""
     deadline = time.monotonic() + 200
     while not list(workspace.glob("features/*/*/manifest.json")):
@@ -87,7 +92,8 @@ def kill_a_rank(workspace: Path) -> None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if path.read_bytes().startswith(b"ray::Rank") and os.getppid() != int(path.parent.name):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+                killed.append(int(path.parent.name))
+                os.kill(killed[0], signal.SIGKILL)
                 return
         except OSError:
             continue

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from typer.testing import CliRunner
 
 from rose_ray.cli import app
 from rose_ray.stores.workspace import FORMAT_VERSION
-from tests.distributed.session import local_ray
 from tests.distributed.tiny import tiny_content, write_inputs
 from tests.tiny import make_pool_rows
 
@@ -35,12 +33,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with local_ray():
-        yield
 
 
 def write_config(inputs: Path, folder: Path) -> str:

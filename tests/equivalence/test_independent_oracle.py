@@ -200,10 +200,9 @@ def _settings(folder: Path, base: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     from rose_ray.config.load import parse_config
     from rose_ray.distributed.run import run_job
-    from rose_ray.distributed.session import ray_session
 
     folder = tmp_path_factory.mktemp("oracle")
     tokenizer = byte_level_tokenizer()
@@ -212,9 +211,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     pool = write_jsonl(folder / "pool.jsonl", [*rows, *({**row, "id": f"again {row['id']}"} for row in rows[:2])])
     pairs = write_jsonl(folder / "pairs.jsonl", make_pair_rows(2 * SHOTS + 2, seed=12))
     config = parse_config(_settings(folder, base))
-    with ray_session(config.ray):
-        exact = run_job(config)
-        sketched = run_job(parse_config(_settings(folder, base), ["gradients.projection={}"]))
+    exact = run_job(config)
+    sketched = run_job(parse_config(_settings(folder, base), ["gradients.projection={}"]))
     assert exact.warmup is not None and sketched.warmup == exact.warmup
     workspace = folder / "workspace"
     checkpoints = [workspace / exact.warmup.folder / c["name"] for c in exact.warmup.facts["checkpoints"]]
