@@ -49,7 +49,7 @@ class TaskConfig(Strict):
     """Questions with a known answer."""
 
     name: Name = Field(description="Name in tables and paths.")
-    files: list[str] = Field(min_length=1, description="JSONL, JSON or Parquet; docs/evaluation.md has the keys.")
+    files: list[str] = Field(min_length=1, description="Of labelled rows; docs/evaluation.md has the layouts and keys.")
     kind: Literal["multiple_choice", "exact_match"] = Field(
         description="The option of highest log-probability, or the greedy answer compared with the known one."
     )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from rose_ray.config.evaluation import HeldOutConfig, TaskConfig
 from rose_ray.data.conversation import Message
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.data.records import RejectedRecord, iter_records
-from rose_ray.data.strict_json import kind_of
-from rose_ray.errors import ConfigError, DataError, PairError
+from rose_ray.data.tasks.rows import TaskRow, TaskSpec, read_task_rows
+from rose_ray.errors import DataError, PairError
 from rose_ray.filesystem import expand
 from rose_ray.stores.manifest import artefact_key
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NUM_LISTED = 20
 
 Kind = Literal["pairs", "multiple_choice", "exact_match", "answers"]
@@ -27,8 +27,8 @@ class Question:
     """A prompt with a known answer.
 
     Attributes:
-        item_id: The record's ``id``, or its file and row.
-        subtask: The record's ``task`` or ``subtask``, else the benchmark's name.
+        item_id: The record's ``id``, or its file's name and place.
+        subtask: Subject, language or kind of problem where the record names one, else the benchmark's name.
         text: What the model is asked.
         options: What it may answer; empty for exact match.
         gold: Place of the right option; -1 for exact match.
@@ -116,53 +116,21 @@ def _last_turn(prompt: Sequence[Message]) -> str:
 
 
 def read_task(config: TaskConfig, max_new_tokens: int) -> Benchmark:
-    """Read questions; ``max_new_tokens`` bounds the answers of ``exact_match``.
-
-    A record has ``question`` or ``input``, for a passage ``context``, and ``id``, ``task`` or ``subtask``, ``split``
-    where it likes. For ``multiple_choice`` it has ``choices`` and ``answer``: a letter, a place from 0, or else the
-    text of a choice. For ``exact_match`` it has ``answer`` or ``target``, or several in ``answers``.
+    """Read questions, from the files that targets are made from too; ``max_new_tokens`` bounds exact answers.
 
     Raises:
-        DataError: A file cannot be read, or rows are of another kind; files, rows and reasons are listed.
-        ConfigError: Records of several splits, and none chosen; or none left.
+        DataError: A file cannot be read; rows are of another kind, of several splits and none chosen, or none is left;
+            ids stand twice. Files, rows and reasons are listed.
     """
-    questions: list[Question] = []
-    problems: list[str] = []
-    splits: dict[str, int] = {}
-    for location in expand(config.files):
-        for record in iter_records(location):
-            where = f"{location.name} row {record.place}"
-            if isinstance(record, RejectedRecord):
-                problems.append(f"{where}: {record.reason}: {record.detail}")
-                continue
-            split = str(record.value.get("split", ""))
-            splits[split] = splits.get(split, 0) + 1
-            if config.splits is not None and split not in config.splits:
-                continue
-            try:
-                questions.append(_question(record.value, config, where))
-            except DataError as error:
-                problems.append(f"{where}: {error}")
-    found = ", ".join(f"{name or 'none'}: {count}" for name, count in splits.items())
-    if problems:
-        more = f"\n  ... and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else ""
-        listed = "\n  ".join(problems[:_NUM_LISTED])
+    kind = "multiple_choice" if config.kind == "multiple_choice" else "exact_answer"
+    spec = TaskSpec(kind, splits=None if config.splits is None else tuple(config.splits))
+    rows = read_task_rows(expand(config.files), spec)
+    questions = sorted((_question(row, config) for row in rows), key=lambda each: _place(config.name, each.item_id))
+    repeated = [one.item_id for one, next_one in pairwise(questions) if one.item_id == next_one.item_id]
+    if repeated:
         raise DataError(
-            f"evaluation task {config.name}: {len(problems)} rows are no questions of kind {config.kind}:\n  "
-            f"{listed}{more}\nMend the file, or `kind`."
+            f"evaluation task {config.name}: ids stand twice: {', '.join(repeated[:_NUM_LISTED])}. Mend the file."
         )
-    if config.splits is None and len(splits) > 1:
-        raise ConfigError(
-            f"evaluation task {config.name}: its records are of several splits ({found}). Set `splits`: a few-shot "
-            "split is not measured on."
-        )
-    if not questions:
-        raise ConfigError(f"evaluation task {config.name}: no record of splits {config.splits}; found {found}.")
-    ids = [question.item_id for question in questions]
-    if len(set(ids)) < len(ids):
-        repeated = sorted({item_id for item_id in ids if ids.count(item_id) > 1})[:_NUM_LISTED]
-        raise DataError(f"evaluation task {config.name}: ids stand twice: {', '.join(repeated)}. Mend the file.")
-    questions.sort(key=lambda question: _place(config.name, question.item_id))
     settings: dict[str, Any] = {"extract": config.extract, "max_new_tokens": max_new_tokens}
     if config.kind == "multiple_choice":
         settings = {"options": config.options}
@@ -175,57 +143,16 @@ def _place(name: str, item_id: str) -> bytes:
     return hashlib.sha256(f"{name}:{item_id}".encode()).digest()
 
 
-def _question(record: Mapping[str, Any], config: TaskConfig, where: str) -> Question:
-    asked = record.get("question", record.get("input"))
-    if not isinstance(asked, str) or not asked.strip():
-        raise DataError(f"expected text at 'question' or 'input', found {kind_of(asked)}")
-    context = record.get("context")
-    if context is not None and not isinstance(context, str):
-        raise DataError(f"expected text at 'context', found {kind_of(context)}")
-    text = f"{context}\n\n{asked}" if context else asked
-    item_id = str(record.get("id", where))
-    subtask = str(record.get("task", record.get("subtask", config.name)))
+def _question(row: TaskRow, config: TaskConfig) -> Question:
+    subtask = row.subtask or config.name
     if config.kind == "exact_match":
-        return Question(item_id, subtask, text, answers=_answers(record))
-    options = _options(record)
-    gold = _gold(record.get("answer"), options)
+        return Question(row.row_id, subtask, row.question, answers=row.answers)
     if config.options == "letters":
-        listed = "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))
-        return Question(item_id, subtask, f"{text}\n{listed}", tuple(LETTERS[: len(options)]), gold)
+        letters = tuple(ascii_uppercase[: len(row.options)])
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, row.options, strict=True))
+        return Question(row.row_id, subtask, f"{row.question}\n{listed}", letters, row.gold)
     # Published sets have rows with a choice twice: as a text it is one answer, right where the known one is.
-    unique = tuple(dict.fromkeys(options))
+    unique = tuple(dict.fromkeys(row.options))
     if len(unique) < 2:
-        raise DataError("all choices are equal")
-    return Question(item_id, subtask, text, unique, unique.index(options[gold]))
-
-
-def _options(record: Mapping[str, Any]) -> tuple[str, ...]:
-    options = record.get("choices")
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise DataError(f"expected a list of texts at 'choices', found {kind_of(options)}")
-    if not 2 <= len(options) <= len(LETTERS):
-        raise DataError(f"expected 2 to {len(LETTERS)} choices, found {len(options)}")
-    if any(not option.strip() for option in options):
-        raise DataError("a choice is empty")
-    return tuple(options)
-
-
-def _gold(answer: Any, options: Sequence[str]) -> int:
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
-    # A letter comes first: choices may be letters themselves, in another order.
-    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]:
-        return LETTERS.index(answer)
-    if isinstance(answer, str) and answer in options:
-        return options.index(answer)
-    raise DataError(f"the answer {answer!r} is none of the {len(options)} choices, their letters or places from 0")
-
-
-def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    several = record.get("answers")
-    if isinstance(several, Mapping):  # as SQuAD has them
-        several = several.get("text")
-    answers = several if several is not None else [record.get("answer", record.get("target"))]
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise DataError("expected text at 'answer' or 'target', or a list of texts at 'answers'")
-    return tuple(answers)
+        raise DataError(f"{row.where}: all choices are equal. Leave the row out, or ask for `options: letters`.")
+    return Question(row.row_id, subtask, row.question, unique, unique.index(row.options[row.gold]))

@@ -97,7 +97,7 @@ def task_spec(task: TaskInput) -> TaskSpec:
         answer=task.answer_form,
         rejected=task.wrong_side,
         rejected_per_row=task.rejected_per_row,
-        split=task.split,
+        splits=None if task.split is None else (task.split,),
         instruction=task.instruction,
         document_field=task.document_field,
         summary_field=task.summary_field,

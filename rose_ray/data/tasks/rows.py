@@ -13,11 +13,11 @@ from rose_ray.data.tasks.files import LabelledRecord, iter_labelled
 from rose_ray.errors import PairError, RowError
 from rose_ray.filesystem import Location
 
-_SUBTASK_KEYS = ("task", "subject", "language", "category")
+_SUBTASK_KEYS = ("task", "subtask", "subject", "language", "category")
 _QUESTIONS, _ANSWERS = ("question", "input"), ("answers", "answer", "target")
 _NUM_LISTED = 20
 _KEYS: dict[str, str] = {
-    "multiple_choice": "question, choices (a list), answer (a letter, or a number from 0)",
+    "multiple_choice": "question, choices (a list), answer (a letter, a number from 0, or the choice itself)",
     "exact_answer": "question or input, and answer, answers or target; context may stand beside them",
 }
 
@@ -26,19 +26,22 @@ _KEYS: dict[str, str] = {
 class TaskSpec:
     """What rows are and how pairs are made from them; ``rose_ray.config.task.TaskInput`` says what each value means.
 
+    What reads rows alone goes by ``kind``, ``splits``, ``document_field`` and ``summary_field``.
+
     Attributes:
         kind: ``multiple_choice``, ``exact_answer`` or ``summarization``.
         answer: ``letter``, ``text``, ``letter_and_text``; ``full``, ``final``.
         rejected: ``options``, ``other_rows``, ``samples``, ``lead``, ``shuffled``.
         rejected_per_row: Most pairs of a row; None for all.
-        split, instruction, document_field, summary_field, seed: As configured.
+        splits: Whose rows are taken; None where there is but one.
+        instruction, document_field, summary_field, seed: As configured.
     """
 
     kind: str
-    answer: str
-    rejected: str
+    answer: str = "full"
+    rejected: str = ""
     rejected_per_row: int | None = None
-    split: str | None = None
+    splits: tuple[str, ...] | None = None
     instruction: str | None = None
     document_field: str = "document"
     summary_field: str = "summary"
@@ -73,11 +76,11 @@ class TaskRow:
 
 
 def read_task_rows(locations: Sequence[Location], task: TaskSpec) -> list[TaskRow]:
-    """Read labelled rows of one split, in file order.
+    """Read labelled rows, in file order.
 
     Raises:
         DataError: A file cannot be read.
-        PairError: Rows that do not fit the kind of task; several splits and none chosen; a split without rows. Files
+        PairError: Rows that do not fit the kind of task; several splits and none chosen; no row of those chosen. Files
             and rows are named.
     """
     rows: list[TaskRow] = []
@@ -88,7 +91,7 @@ def read_task_rows(locations: Sequence[Location], task: TaskSpec) -> list[TaskRo
             try:
                 split = _split(record)
                 splits.setdefault(split, f"{record.file} row {record.place}")
-                if task.split is None or split == task.split:
+                if task.splits is None or split in task.splits:
                     rows.append(task_row(record, task))
             except RowError as error:
                 problems.append(f"{record.file} row {record.place}: {error}")
@@ -97,16 +100,17 @@ def read_task_rows(locations: Sequence[Location], task: TaskSpec) -> list[TaskRo
             listed = "\n  ".join(problems[:_NUM_LISTED])
             raise PairError(
                 f"{location.name}: {len(problems)} rows do not fit task kind {task.kind}:\n  {listed}{more}\n"
-                "Mend the file, or check `task.kind`."
+                "Mend the file, or check the task's `kind`."
             )
     found = ", ".join(f"{split or 'none'} ({where})" for split, where in splits.items())
-    if task.split is None and len(splits) > 1:
+    if task.splits is None and len(splits) > 1:
         raise PairError(
-            f"{_names(locations)}: rows of {len(splits)} splits, first of each: {found}. Set `task.split`, so that "
-            "what pairs are made from and what is scored stay apart."
+            f"{_names(locations)}: rows of {len(splits)} splits, first of each: {found}. Choose by `task.split` "
+            "(in an evaluation `splits`), so that what pairs are made from and what is measured on stay apart."
         )
     if not rows:
-        raise PairError(f"{_names(locations)}: no row of split {task.split!r}; found {found}. Check `task.split`.")
+        wanted = " or ".join(map(repr, task.splits or ()))
+        raise PairError(f"{_names(locations)}: no row of split {wanted}; found {found}. Choose among these.")
     return rows
 
 
@@ -131,7 +135,9 @@ def task_row(record: LabelledRecord, task: TaskSpec) -> TaskRow:
             raise RowError("wrong_task", "the record has choices: it is a row of kind multiple_choice")
         question = _filled(_one_of(value, _QUESTIONS, task.kind), "question")
         context = value.get("context")
-        if isinstance(context, str) and context.strip():
+        if context is not None and not isinstance(context, str):
+            raise RowError("wrong_task", f"expected context as text, found {kind_of(context)}")
+        if context and context.strip():
             question = f"{context}\n\nQuestion: {question}"
         answers = _answers(value)
     else:
@@ -165,10 +171,13 @@ def _choices(value: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
         return tuple(choices), letters.index(answer.strip().upper())
     if type(answer) is int and 0 <= answer < len(choices):
         return tuple(choices), answer
+    # A letter comes first: choices may be letters themselves, in another order.
+    if isinstance(answer, str) and answer.strip() in (stripped := [choice.strip() for choice in choices]):
+        return tuple(choices), stripped.index(answer.strip())
     raise RowError(
         "no_such_option",
-        f"the answer key {answer!r} matches no option; expected a letter from A to {letters[-1]}, or a whole number "
-        f"from 0 to {len(choices) - 1}",
+        f"the answer key {answer!r} matches no option; expected a letter from A to {letters[-1]}, a whole number "
+        f"from 0 to {len(choices) - 1}, or the text of an option",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from rose_ray.config.evaluation import HeldOutConfig, TaskConfig
 from rose_ray.config.target import PairInput
 from rose_ray.data.preferences import PreferencePair, read_pairs
-from rose_ray.errors import ConfigError, DataError, PairError
+from rose_ray.errors import DataError, PairError
 from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
 from rose_ray.filesystem import locate
 from tests.tiny import make_pair_rows, write_jsonl
@@ -53,20 +53,19 @@ def test_exact_answers(tmp_path: Path) -> None:
     ]
     found = {q.item_id: q for q in task(tmp_path, rows, "exact_match").questions}
     assert found["a"].answers == ("False",) and found["c"].answers == ("Bo",)
-    assert found["b"].text == "Ann ran.\n\nWho?" and found["b"].answers == ("Ann", "she")
+    assert found["b"].text == "Ann ran.\n\nQuestion: Who?" and found["b"].answers == ("Ann", "she")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "D"}, r"t.jsonl row 1: the answer 'D' is none of the 3 choices"),
-        ({"answer": True}, "the answer True is none"),
-        ({"answer": 3}, "the answer 3 is none"),
-        ({"choices": ["2"]}, "expected 2 to 26 choices, found 1"),
-        ({"choices": ["2", " "]}, "a choice is empty"),
-        ({"choices": "AB"}, "expected a list of texts at 'choices'"),
-        ({"question": None}, "expected text at 'question' or 'input'"),
-        ({"context": 3}, "expected text at 'context'"),
+        ({"answer": "D"}, r"t.jsonl row 1: no_such_option: the answer key 'D' matches no option"),
+        ({"answer": True}, "the answer key True matches no option"),
+        ({"answer": 3}, "the answer key 3 matches no option"),
+        ({"choices": ["2"]}, "expected two options or more, found 1"),
+        ({"choices": ["2", " "]}, "option B of 2 holds no text"),
+        ({"choices": "AB"}, "expected choices as a list of texts"),
+        ({"question": None}, "has question, choices"),
     ],
 )
 def test_rows_of_another_kind(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -75,7 +74,7 @@ def test_rows_of_another_kind(tmp_path: Path, change: dict[str, Any], message: s
 
 
 def test_a_file_of_the_wrong_kind_says_so_once(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"30 rows are no questions of kind exact_match(.|\n)*and 10 more"):
+    with pytest.raises(DataError, match=r"30 rows do not fit task kind exact_answer(.|\n)*and 10 more"):
         task(tmp_path, [{"id": number, "messages": []} for number in range(30)], "exact_match")
     (tmp_path / "t.jsonl").write_text("{broken\n")
     with pytest.raises(DataError, match="row 1: not_json"):
@@ -84,11 +83,30 @@ def test_a_file_of_the_wrong_kind_says_so_once(tmp_path: Path) -> None:
 
 def test_a_few_shot_split_is_not_measured_on(tmp_path: Path) -> None:
     rows = [{**CHOICE, "id": split, "split": split} for split in ("dev", "test")]
-    with pytest.raises(ConfigError, match=r"several splits \(dev: 1, test: 1\)"):
+    with pytest.raises(PairError, match=r"2 splits, first of each: dev \(.*row 1\), test \(.*row 2\)"):
         task(tmp_path, rows)
     assert [q.item_id for q in task(tmp_path, rows, splits=["test"]).questions] == ["test"]
-    with pytest.raises(ConfigError, match=r"no record of splits \['val'\]; found dev: 1, test: 1"):
+    both = task(tmp_path, rows, splits=["dev", "test"])
+    assert len(both.questions) == 2
+    with pytest.raises(PairError, match=r"no row of split 'val'; found dev "):
         task(tmp_path, rows, splits=["val"])
+
+
+def test_a_context_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected context as text, found"):
+        task(tmp_path, [{"id": "a", "question": "Who?", "context": 3, "answer": "Ann"}], "exact_match")
+
+
+def test_released_layouts(tmp_path: Path) -> None:
+    (tmp_path / "anatomy_test.csv").write_text("Where is it?,here,there,nowhere,anywhere,C\n")
+    (tmp_path / "anatomy_dev.csv").write_text("Where was it?,here,there,nowhere,anywhere,A\n")
+    config = TaskConfig(name="mmlu", files=[str(tmp_path / "*.csv")], kind="multiple_choice", splits=["test"])
+    (question,) = read_task(config, 8).questions
+    assert (question.subtask, question.gold, question.options) == ("anatomy", 2, ("A", "B", "C", "D"))
+    (tmp_path / "navigate.json").write_text('{"examples": [{"input": "Back at the start?", "target": "No"}]}')
+    config = TaskConfig(name="bbh", files=[str(tmp_path / "navigate.json")], kind="exact_match")
+    (question,) = read_task(config, 8).questions
+    assert (question.subtask, question.answers) == ("navigate", ("No",))
 
 
 def test_items_are_chosen_by_their_ids(tmp_path: Path) -> None:

@@ -69,11 +69,11 @@ def test_released_csv_and_an_archive_of_it_give_the_same_pairs(tmp_path: Path) -
     pairs = read(file, CHOICE)
     assert sides(pairs)[:3] == [(f"high_school_maths/dev/1/{letter}", "C", letter) for letter in "ABD"]
     assert pairs[3].pair.prompt[0].content.startswith('She said "no"\nA. a\n')
-    assert read(tmp_path / "mmlu.tar.gz", spec(CHOICE, split="dev")) == pairs
+    assert read(tmp_path / "mmlu.tar.gz", spec(CHOICE, splits=("dev",))) == pairs
     with pytest.raises(PairError, match=r"rows of 2 splits.*dev \(.*mmlu\.tar\.gz:mmlu/dev/.*csv row 1\).*task\.split"):
         read(tmp_path / "mmlu.tar.gz", CHOICE)
     with pytest.raises(PairError, match=r"no row of split 'val'; found dev \(.*\), test \(.*\)"):
-        read(tmp_path / "mmlu.tar.gz", spec(CHOICE, split="val"))
+        read(tmp_path / "mmlu.tar.gz", spec(CHOICE, splits=("val",)))
 
 
 @pytest.mark.parametrize(
