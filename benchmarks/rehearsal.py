@@ -88,7 +88,7 @@ class Nodes:
         """Send a job; the process that follows its log."""
         address = f"http://127.0.0.1:{self.dashboard}"
         command = [RAY, "job", "submit", "--address", address, "--submission-id", name, "--working-dir", str(ROOT)]
-        runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}})
+        runtime = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
         return subprocess.Popen(
             [*command, "--runtime-env-json", runtime, "--", sys.executable, f"jobs/{script}.py", *arguments],
             env=ENVIRONMENT,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 from rose_ray.config.cluster import RayConfig
-from rose_ray.errors import ResourceError, RoseError
+from rose_ray.errors import ConfigError, ResourceError, RoseError
 from rose_ray.failpoints import failpoint_environment
 
 
@@ -28,6 +29,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     Raises:
         ResourceError: There is no cluster at that address.
+        ConfigError: The job was submitted with variables that are set here.
     """
     if ray.is_initialized():
         yield
@@ -37,13 +39,15 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when Ray's native part starts in this process
     address = None if config.address == "local" else config.address
+    environment = worker_environment(config)
+    check_submitted(environment)
     try:
         ray.init(
             address="local" if address is None else address,
             include_dashboard=True if address is None else None,  # Ray Train asks its state API
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,  # workers' lines are in Ray's logs; errors come back as exceptions
-            runtime_env={"env_vars": worker_environment(config)},
+            runtime_env={"env_vars": environment},
         )
     except (ConnectionError, RuntimeError) as error:
         raise ResourceError(
@@ -69,6 +73,21 @@ def worker_environment(config: RayConfig) -> dict[str, str]:
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
         **failpoint_environment(),
     }
+
+
+def check_submitted(environment: Mapping[str, str]) -> None:
+    """Refuse a job that was submitted with variables of the workers' own: Ray merges the two only where they differ.
+
+    Raises:
+        ConfigError: The variables are named.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    clash = sorted(set(submitted.get("env_vars") or {}) & set(environment))
+    if clash:
+        raise ConfigError(
+            f"the job was submitted with {', '.join(clash)} among the env_vars of its runtime environment. rose_ray "
+            "sets these for its workers itself (threads: ray.threads_per_actor). Submit without them."
+        )
 
 
 class CarriedError(Exception):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import ray
 
 from rose_ray.distributed.run import run_job
-from rose_ray.distributed.session import CarriedError, carried_errors, root_cause
-from rose_ray.errors import AlteredFileError, PairError, ResourceError, RoseError, RowError
+from rose_ray.distributed.session import CarriedError, carried_errors, check_submitted, root_cause
+from rose_ray.errors import AlteredFileError, ConfigError, PairError, ResourceError, RoseError, RowError
 from rose_ray.filesystem import locate, write_bytes
 from tests.distributed.tiny import tiny_job, write_inputs
 
@@ -37,6 +38,16 @@ def test_a_system_error_keeps_its_file_name(ray_cluster: None) -> None:
     cause = root_cause(raised.value)
     assert isinstance(cause, FileNotFoundError)
     assert (cause.strerror, cause.filename) == ("No such file or directory", "some/file")
+
+
+def test_a_submission_that_sets_what_is_set_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    check_submitted(own)
+    submitted = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "HF_HOME": "/models"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
+    check_submitted({"MKL_NUM_THREADS": "1"})
+    with pytest.raises(ConfigError, match=r"submitted with OMP_NUM_THREADS among .*Submit without them"):
+        check_submitted(own)
 
 
 def test_carried_by_hand() -> None:
