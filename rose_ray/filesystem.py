@@ -51,7 +51,8 @@ def locate(name: str, *, relative_to: str = "") -> Location:
                 f"cannot open {name!r}: {error}. Use a local path or a URI that pyarrow.fs knows."
             ) from error
         return Location(filesystem, path.rstrip("/"), name)
-    path = os.path.normpath(os.path.join(os.path.abspath(relative_to or os.curdir), os.path.expanduser(name)))
+    # Asks for the working directory only where the name needs it: a submitted driver's may be cleared away meanwhile.
+    path = os.path.abspath(os.path.join(relative_to, os.path.expanduser(name)))
     return Location(fs.LocalFileSystem(), path, name)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
@@ -126,3 +127,11 @@ def test_a_file_whose_writing_fails_is_not_there(tmp_path, kind):
         stream.write(b"a part")
         raise KeyError("stop")
     assert os.listdir(tmp_path / "x") == []
+
+
+def test_an_absolute_path_needs_no_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert locate(str(tmp_path / "pool.jsonl")).path == str(tmp_path / "pool.jsonl")
