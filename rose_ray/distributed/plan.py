@@ -181,10 +181,16 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
         warmup_start=0.0,
         pair_tokens={name: sum(lengths[name]) for name in banks},
         num_pairs={name: len(each) for name, each in pairs.items()},
-        to_score=list(pairs) if missing else banks,
+        passes=_passes(list(pairs) if missing else banks, exact),
         num_subtasks={name: len({pair.subtask for pair in each}) for name, each in pairs.items()},
         fraction=max(_fraction(target, tokens) for target in config.gradient_targets),
     )
+
+
+def _passes(targets: Sequence[str], exact: Mapping[str, int]) -> list[list[str]]:
+    """Group targets by the features they are scored on: an exact one has its own."""
+    shared = [name for name in targets if name not in exact]
+    return [*([shared] if shared else []), *([name] for name in targets if name in exact)]
 
 
 def _num_exact(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> int:
@@ -231,7 +237,7 @@ class _Prober:
             scoring=sum(seconds for seconds, _ in scored) / number / self.num_tokens,
             training=self._training(),
             pairs=pairs,
-            reducing={name: self._reducing(scored[0][1], name) for name in self.work.to_score},
+            reducing=[self._reducing(scored[0][1], targets) for targets in self.work.passes],
             start_up=start_up,
             peak_bytes=need.peak_bytes(budget),
             available_bytes=need.available,
@@ -246,13 +252,12 @@ class _Prober:
         rate: float = ray.get(actor.pairs.remote(target, some, self.work.num_checkpoints))
         return rate
 
-    def _reducing(self, tables: Sequence[pa.Table], name: str) -> float:
+    def _reducing(self, tables: Sequence[pa.Table], targets: Sequence[str]) -> float:
         spaces = list(self.work.dims)
-        table = tables[spaces.index(name if name in spaces else "")]
+        table = tables[spaces.index(targets[0] if targets[0] in spaces else "")]
         rows = max(self.work.shard_rows, default=self.job.config.pool.shard_rows)
-        seconds: float = ray.get(
-            self.job.task(time_reduction, self.job.workspace, table, rows, self.work.num_pairs[name])
-        )
+        num_pairs = [self.work.num_pairs[name] for name in targets]
+        seconds: float = ray.get(self.job.task(time_reduction, self.job.workspace, table, rows, num_pairs))
         return seconds
 
     def _training(self) -> float:

@@ -148,23 +148,25 @@ class ProbeActor(BankActor):
         return (gradients + reference / num_checkpoints) / _num_tokens(encoded)
 
 
-def time_reduction(workspace: Workspace, features: pa.Table, num_rows: int, num_pairs: int) -> float:
-    """Return the seconds a row that reading features and multiplying them with a bank takes.
+def time_reduction(workspace: Workspace, features: pa.Table, num_rows: int, num_pairs: Sequence[int]) -> float:
+    """Return the seconds a row that reading features once and multiplying them with every bank takes.
 
     Args:
         workspace: Where the features lie meanwhile.
         features: Of a few rows; repeated until there are ``num_rows``.
         num_rows: Of a shard.
-        num_pairs: Of the target.
+        num_pairs: Of each target.
     """
     copies = -(-num_rows // features.num_rows)
     table = pa.concat_tables([features] * copies).slice(0, num_rows)
     record = workspace.write_table(f"{PROBE_FOLDER}/features.parquet", table)
-    directions_UD = np.random.default_rng(0).standard_normal(
-        (num_pairs, normalized_features(features, "exact").shape[1])
-    )
+    dim = normalized_features(features, "exact").shape[1]
+    rng = np.random.default_rng(0)
+    banks = [rng.standard_normal((number, dim)) for number in num_pairs]
     start = time.monotonic()
-    influence(normalized_features(workspace.read_table(record.path, record), "exact"), directions_UD)
+    read = workspace.read_table(record.path, record)
+    for directions_UD in banks:
+        influence(normalized_features(read, "exact"), directions_UD)
     return (time.monotonic() - start) / num_rows
 
 

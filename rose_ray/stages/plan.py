@@ -77,7 +77,7 @@ class Rates:
         scoring: Seconds a token, row of average length, at one checkpoint, in one actor.
         training: Seconds a position of the warm-up, in one worker.
         pairs: By target, seconds a token of its pairs at one checkpoint, both sides counted.
-        reducing: By target, seconds a row and checkpoint.
+        reducing: By pass, seconds a row and checkpoint for all its targets.
         start_up: Until an actor has its model.
         peak_bytes: Most memory that scoring takes on its device at the batch bound.
         available_bytes: What an actor may take there.
@@ -87,7 +87,7 @@ class Rates:
     scoring: float
     training: float
     pairs: dict[str, float]
-    reducing: dict[str, float]
+    reducing: list[float]
     start_up: float
     peak_bytes: int
     available_bytes: int
@@ -110,7 +110,7 @@ class Work:
         warmup_start: Seconds until its workers train.
         pair_tokens: By target whose bank is missing, tokens of both sides of its pairs.
         num_pairs: By target.
-        to_score: Targets whose score table is missing.
+        passes: Targets whose score table is missing; those of one feature space are scored in one pass over it.
         num_subtasks: By target.
         fraction: The largest share of the pool that is selected.
     """
@@ -127,7 +127,7 @@ class Work:
     warmup_start: float
     pair_tokens: dict[str, int]
     num_pairs: dict[str, int]
-    to_score: list[str]
+    passes: list[list[str]]
     num_subtasks: dict[str, int]
     fraction: float
 
@@ -137,7 +137,9 @@ class Plan:
     """A prediction.
 
     Attributes:
-        seconds: Wall time by stage, named as a run names them; stages whose artefact is there are left out.
+        seconds: Wall time by stage, named as a run names them; stages whose artefact is there are left out. A pass that
+            targets share stands at each of them, as a run reports it.
+        wall_seconds: Of all stages, a shared pass counted once.
         device_hours: Hours of GPUs, or of actors where there are none, by stage.
         num_bytes: By artefact.
         break_even_epochs: After so many epochs, training on the selection instead of on everything has saved what
@@ -146,6 +148,7 @@ class Plan:
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    wall_seconds: float = 0.0
     device_hours: dict[str, float] = field(default_factory=dict)
     num_bytes: dict[str, int] = field(default_factory=dict)
     break_even_epochs: float | None = None
@@ -178,12 +181,16 @@ def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
     if work.shard_rows:
         seconds["features"] = features_seconds(work, tokens, rates)
         devices["features"] = work.actors
-    for target in work.to_score:
-        seconds[f"score {target}"] = tokens.num_scored * work.num_checkpoints * rates.reducing[target]
+    wall = sum(seconds.values())
+    for targets, rate in zip(work.passes, rates.reducing, strict=True):
+        one = tokens.num_scored * work.num_checkpoints * rate
+        seconds |= {f"score {target}": one for target in targets}
+        wall += one
     hours = {stage: count * (work.gpus or 1.0) * seconds[stage] / 3600 for stage, count in devices.items()}
     whole = tokens.num_tokens * rates.training * (work.gpus or 1.0) / 3600
     saved = whole * (1 - work.fraction)
-    return Plan(seconds, hours, sizes, sum(hours.values()) / saved if saved else None, (whole, whole * work.fraction))
+    break_even = sum(hours.values()) / saved if saved else None
+    return Plan(seconds, wall, hours, sizes, break_even, (whole, whole * work.fraction))
 
 
 def features_seconds(work: Work, tokens: PoolTokens, rates: Rates) -> float:

@@ -71,7 +71,7 @@ def _time_lines(work: Work, plan: Plan) -> Iterator[str]:
         hours = plan.device_hours.get(stage)
         yield f"{stage:<{width}}  {duration(seconds):>10}  {'' if hours is None else f'{hours:>10,.3g}'}".rstrip()
     total = sum(plan.device_hours.values())
-    yield f"{'in all':<{width}}  {duration(sum(plan.seconds.values())):>10}  {total:>10,.3g}"
+    yield f"{'in all':<{width}}  {duration(plan.wall_seconds):>10}  {total:>10,.3g}"
     if plan.training_hours is not None and plan.break_even_epochs is not None:
         whole, part = plan.training_hours
         yield (

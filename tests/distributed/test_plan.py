@@ -38,7 +38,7 @@ def test_what_is_done_is_not_planned_again(finished: FinishedJob, copied: Path) 
     content = tiny_content(finished.inputs, copied)
     content["targets"].append(third_target(finished.inputs))
     work = plan_job(parse_config(content), probe_rows=0).work
-    assert list(work.pair_tokens) == work.to_score == ["gamma"]
+    assert list(work.pair_tokens) == ["gamma"] and work.passes == [["gamma"]]
     assert work.shard_rows == [] and work.warmup_positions == 0
 
 

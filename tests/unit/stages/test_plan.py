@@ -1,5 +1,7 @@
 """A plan is arithmetic: every number here is worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from rose_ray.config.warmup import WarmupConfig
@@ -25,7 +27,7 @@ RATES = Rates(
     scoring=1e-3,
     training=2e-3,
     pairs={"a": 3e-3, "b": 4e-3},
-    reducing={"a": 1e-4, "b": 2e-4},
+    reducing=[1e-4, 2e-4],
     start_up=10.0,
     peak_bytes=3 * 10**9,
     available_bytes=8 * 10**9,
@@ -45,7 +47,7 @@ WORK = Work(
     warmup_start=12.0,
     pair_tokens={"a": 1000, "b": 500},
     num_pairs={"a": 10, "b": 5},
-    to_score=["a", "b"],
+    passes=[["a"], ["b"]],
     num_subtasks={"a": 2, "b": 1},
     fraction=0.05,
 )
@@ -87,6 +89,14 @@ def test_seconds_by_stage() -> None:
     assert seconds["score b"] == pytest.approx(800 * 4 * 2e-4)
 
 
+def test_a_pass_over_the_features_that_targets_share_counts_once() -> None:
+    apart = predict(WORK, TOKENS, RATES)
+    assert apart.wall_seconds == pytest.approx(sum(apart.seconds.values()))
+    shared = predict(replace(WORK, passes=[["a", "b"]]), TOKENS, replace(RATES, reducing=[3e-4]))
+    assert shared.seconds["score a"] == shared.seconds["score b"] == pytest.approx(800 * 4 * 3e-4)
+    assert shared.wall_seconds == pytest.approx(sum(shared.seconds.values()) - shared.seconds["score b"])
+
+
 def test_device_hours_count_every_device_for_as_long_as_its_stage_takes() -> None:
     plan = predict(WORK, TOKENS, RATES)
     assert plan.device_hours["features"] == pytest.approx(2 * plan.seconds["features"] / 3600)
@@ -104,9 +114,9 @@ def test_break_even_is_where_the_saved_training_equals_the_cost() -> None:
 
 
 def test_what_is_there_costs_nothing() -> None:
-    done = Work(**{**vars(WORK), "shard_rows": [], "warmup_positions": 0, "pair_tokens": {}, "to_score": []})
-    plan = predict(done, TOKENS, RATES)
-    assert plan.seconds == {} and plan.break_even_epochs == 0
+    done = Work(**{**vars(WORK), "shard_rows": [], "warmup_positions": 0, "pair_tokens": {}, "passes": []})
+    plan = predict(done, TOKENS, replace(RATES, reducing=[]))
+    assert plan.seconds == {} and plan.wall_seconds == 0 and plan.break_even_epochs == 0
 
 
 def test_without_a_probe_there_are_sizes_and_no_times() -> None:
