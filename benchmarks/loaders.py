@@ -213,8 +213,8 @@ def main() -> None:
         rows = compare_ways(options, Path(folder))
     facts = {key: getattr(options, key) for key in ("size", "dtype", "lora", "samples", "tokens", "rounds")}
     facts |= {"ways": {name: asdict(way) for name, way in WAYS.items()}}
-    name = f"loaders-{options.size}"
-    write_results(name, {"CPU seconds of a pass, plain's over its own": rows}, facts, options.out or Path(tempfile.mkdtemp()))
+    sections = {"CPU seconds of a pass, plain's over its own": rows}
+    write_results(f"loaders-{options.size}", sections, facts, options.out or Path(tempfile.mkdtemp()))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.distributed.partitioned import load_partitioned
 from rose_ray.errors import ResourceError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.layout import adapter_parameters
@@ -55,24 +56,27 @@ def load_scoring_model(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("ray.gpus_per_actor asks for a GPU, but torch sees none in this actor.")
-    whole = model.loader == "plain" or model.deepspeed.zero_stage == 0
-    base = load_base(model, device=device if whole else "cpu", dtype=dtype)
+    deepspeed = None if model.loader == "plain" else deepspeed_in_group(device, group or ProcessGroup())
+    if deepspeed is not None and model.deepspeed.zero_stage == 3 and dtype is None:
+        base = load_partitioned(model, _zero_config(model), deepspeed)
+    else:  # DeepSpeed makes no parameters of another type than the configured one; from the CPU it cuts them up whole
+        in_parts = deepspeed is not None and model.deepspeed.zero_stage == 3
+        base = load_base(model, device="cpu" if in_parts else device, dtype=dtype)
     peft_model = attach_adapter(base, lora, dropout=0.0)
     # Scored in the base's type: float32 products on a GPU would cost more than the rest of the layer.
     for parameter in adapter_parameters(peft_model).values():
         parameter.data = parameter.data.to(dtype or getattr(torch, model.dtype))
-    if model.loader == "plain":
+    if deepspeed is None:
         return ScoringModel(
             _checkpointed(peft_model.to(device), model), device, checkpointed=model.gradient_checkpointing
         )
-    return DeepSpeedScoringModel(peft_model, model, device=device, group=group or ProcessGroup())
+    return DeepSpeedScoringModel(peft_model, model, device=device, deepspeed=deepspeed)
 
 
 class DeepSpeedScoringModel(ScoringModel):
     """A scoring model whose parameters DeepSpeed holds."""
 
-    def __init__(self, peft_model: nn.Module, model: ModelConfig, *, device: str, group: ProcessGroup) -> None:
-        deepspeed = deepspeed_in_group(device, group)
+    def __init__(self, peft_model: nn.Module, model: ModelConfig, *, device: str, deepspeed: Any) -> None:
         stage = model.deepspeed.zero_stage
         # Stage 0 wants an optimizer; one that is never stepped costs nothing.
         adapter = list(adapter_parameters(peft_model).values())

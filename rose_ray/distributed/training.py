@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.warmup import WarmupConfig
 from rose_ray.distributed.engine import import_deepspeed
+from rose_ray.distributed.partitioned import load_partitioned
 from rose_ray.distributed.resume import find_state, read_tensors, save_state
 from rose_ray.distributed.sharded import MOMENT_KEYS, read_state, set_moments, set_weights
 from rose_ray.errors import NonFiniteError
@@ -70,8 +71,11 @@ class WarmupTrainer:
         self.job, self.rank, self.num_workers = job, rank, num_workers
         self.samples, self.steps = _plan(job, num_workers)
         torch.manual_seed(job.warmup.seed)
-        device = "cpu" if job.warmup.zero_stage == 3 else job.device  # cut up from there: whole, it may fit no GPU
-        self.model = attach_adapter(load_base(job.model, device=device), job.lora, dropout=job.lora.dropout)
+        if job.warmup.zero_stage == 3:
+            base = load_partitioned(job.model, _zero_config(job), import_deepspeed(job.device))
+        else:
+            base = load_base(job.model, device=job.device)
+        self.model = attach_adapter(base, job.lora, dropout=job.lora.dropout)
         if job.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -237,16 +241,16 @@ def _adam(model: nn.Module, settings: WarmupConfig) -> torch.optim.AdamW:
 
 
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, job: WarmupJob) -> Any:
-    engine, *_ = import_deepspeed(job.device).initialize(
-        model=model,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": job.warmup.max_grad_norm,
-            "zero_optimization": {"stage": job.warmup.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
+    engine, *_ = import_deepspeed(job.device).initialize(model=model, optimizer=optimizer, config=_zero_config(job))
     return engine
+
+
+def _zero_config(job: WarmupJob) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": job.warmup.max_grad_norm,
+        "zero_optimization": {"stage": job.warmup.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

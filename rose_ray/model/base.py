@@ -39,12 +39,13 @@ def base_digest(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """Return the base model: frozen, without a cache, on ``device``.
 
     Args:
         model: What to load.
-        device: ``cpu``, ``cuda`` or ``meta`` (names and shapes only, no weights read, nothing quantised).
+        device: ``cpu``, ``cuda`` or ``meta`` (names and shapes only, no weights read, nothing quantised); None leaves
+            weights where loading puts them, which DeepSpeed may decide.
         dtype: Overrides the configured type; float64 in tests.
 
     Raises:
@@ -58,7 +59,7 @@ def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | N
             with torch.device("meta"):
                 base: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         else:
-            nf4 = _nf4_settings(device, dtype) if model.quantized == "nf4" else {}
+            nf4 = _nf4_settings(device, dtype) if model.quantized == "nf4" and device is not None else {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -69,7 +70,10 @@ def load_base(model: ModelConfig, *, device: str = "cpu", dtype: torch.dtype | N
             )
             pretrained, report = loaded
             _check_loaded(model, report)
-            base = _trustworthy(pretrained, model, device) if nf4 else pretrained.to(device)
+            if device is None:
+                base = pretrained
+            else:
+                base = _trustworthy(pretrained, model, device) if nf4 else pretrained.to(device)
     except ModelError:  # a ValueError too, and says all there is to say
         raise
     except (OSError, ValueError, ImportError) as error:

@@ -49,8 +49,9 @@ def scoring_gradients(
 
     Args:
         rank, num_ranks, port: The place in the process group.
-        cases: Model and LoRA settings, adapters and torch dtype of each model, one model after another. Each adapter
-            in turn goes into the one slot; the gradients returned are the last one's.
+        cases: Model and LoRA settings, adapters and torch dtype of each model, one model after another; without a
+            dtype float64, else that of the settings, as users load it. Each adapter in turn goes into the one slot;
+            the gradients returned are the last one's.
         batches: Samples of each; rank r takes batches r, r + num_ranks, ... so that ranks stay in step.
 
     Returns:
@@ -69,7 +70,8 @@ def scoring_gradients(
     group = ProcessGroup(rank, num_ranks, "127.0.0.1", port)
     results = []
     for model_config, lora, adapters, dtype in cases:
-        model = load_scoring_model(model_config, lora, device="cpu", group=group, dtype=dtype)
+        wide = torch.float64 if dtype is None else None
+        model = load_scoring_model(model_config, lora, device="cpu", group=group, dtype=wide)
         names = [name for name, _ in layout_of(model.module).shapes]
         own = {number: pad_batch(batches[number]) for number in range(rank, len(batches), num_ranks)}
         grads, values, references = {}, {}, {}
@@ -84,6 +86,38 @@ def scoring_gradients(
         away = sum(p.numel() == 0 for name, p in model.module.named_parameters() if "lora_" not in name)
         results.append({"grads": grads, "values": values, "references": references, "away": away})
     return results
+
+
+def load_in_parts(rank: int, num_ranks: int, port: int, model: Any, others: Sequence[Any]) -> dict[str, Any]:
+    """A base model loaded under ZeRO stage 3, and compared with its own files and with those of ``others``.
+
+    Returns:
+        ``held``: numbers of base parameters that this rank holds, ``whole``: numbers of the model; ``same_linear``:
+        torch's linear function is what it was; ``said``: what was raised for each of the others.
+    """
+    import torch
+
+    from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group
+    from rose_ray.distributed.partitioned import check_weights, load_partitioned
+    from rose_ray.errors import ModelError
+
+    linear = torch.nn.functional.linear
+    deepspeed = deepspeed_in_group("cpu", ProcessGroup(rank, num_ranks, "127.0.0.1", port))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    base = load_partitioned(model, config, deepspeed)
+    parameters: list[Any] = list(base.parameters())
+    said = []
+    for other in others:
+        try:
+            check_weights(base, other, deepspeed)
+        except ModelError as error:
+            said.append(str(error))
+    return {
+        "held": sum(p.numel() + p.ds_tensor.numel() for p in parameters),
+        "whole": sum(p.ds_numel for p in parameters),
+        "same_linear": torch.nn.functional.linear is linear,
+        "said": said,
+    }
 
 
 def _allow_float64() -> None:

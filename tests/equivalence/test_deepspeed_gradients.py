@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
 from tests import oracles
@@ -45,8 +47,9 @@ CASES: list[dict[str, Any]] = [
         for checkpointing in (False, True)
     ),
     {"architecture": "llama", "zero_stage": 3, "offload": "cpu"},
+    {"architecture": "llama", "zero_stage": 3, "offload": "cpu", "dtype": torch.float32},
     {"architecture": "llama", "zero_stage": 0, "dtype": torch.float32},
-    {"architecture": "llama", "zero_stage": 3, "dtype": torch.float32},
+    *({"architecture": architecture, "zero_stage": 3, "dtype": torch.float32} for architecture in ARCHITECTURES),
     {"architecture": "llama", "zero_stage": 0, "dtype": torch.bfloat16},
     {"architecture": "llama", "zero_stage": 3, "dtype": torch.bfloat16},
 ]
@@ -56,6 +59,7 @@ CASES: list[dict[str, Any]] = [
 SHARED_CASES: list[dict[str, Any]] = [
     {"architecture": "llama", "zero_stage": 0},
     *({"architecture": architecture, "zero_stage": 3} for architecture in ARCHITECTURES),
+    *({"architecture": architecture, "zero_stage": 3, "dtype": torch.float32} for architecture in ARCHITECTURES),
     {"architecture": "llama", "zero_stage": 3, "checkpointing": True},
     {"architecture": "llama", "zero_stage": 3, "dtype": torch.bfloat16},
 ]
@@ -98,14 +102,19 @@ def test_gradients_do_not_depend_on_who_holds_the_parameters(
 ) -> None:
     own_cases = CASES if num_ranks == 1 else SHARED_CASES
     cases = [
-        (_config(bases[case["architecture"]], case), LORA, expected[case["architecture"]]["adapters"], _dtype(case))
+        (
+            _config(bases[case["architecture"]], case),
+            LORA,
+            expected[case["architecture"]]["adapters"],
+            case.get("dtype"),
+        )
         for case in own_cases
     ]
     by_rank = run_ranks("scoring_gradients", num_ranks, tmp_path, cases=cases, batches=BATCHES)
     for number, case in enumerate(own_cases):
         parts = [results[number] for results in by_rank]
         oracle = expected[case["architecture"]]
-        bound = BOUNDS[_dtype(case)]
+        bound = BOUNDS[case.get("dtype", torch.float64)]
         for key in ("values", "references"):
             np.testing.assert_allclose(_merged(parts, key), oracle[key], rtol=bound, err_msg=f"{key} of {case}")
         errors = np.linalg.norm(_merged(parts, "grads") - oracle["grads"], axis=1)
@@ -114,18 +123,38 @@ def test_gradients_do_not_depend_on_who_holds_the_parameters(
             assert part["away"] >= NUM_WIDE_MATRICES if case["zero_stage"] == 3 else part["away"] == 0, case
 
 
+def test_no_rank_ever_holds_a_whole_base_and_wrong_weights_are_found(bases: dict[str, str], tmp_path: Path) -> None:
+    others = {}
+    for name, change in (("altered", _alter_last), ("renamed", _rename_all)):
+        others[name] = shutil.copytree(bases["llama"], tmp_path / name)
+        path = others[name] / "model.safetensors"
+        tensors = load_file(path)
+        save_file(change(tensors), path, metadata={"format": "pt"})
+    settings = {name: _config(str(folder), {"zero_stage": 3}) for name, folder in others.items()}
+    own = _config(bases["llama"], {"zero_stage": 3})
+    for found in run_ranks("load_in_parts", 2, tmp_path, model=own, others=list(settings.values())):
+        assert found["held"] <= found["whole"] / 2 * 1.01  # halves of odd sizes are rounded up
+        assert found["same_linear"]
+        altered, renamed = found["said"]
+        assert "loaded in parts, differs from" in altered and "model.safetensors" in altered
+        assert "none of its" in renamed and "has the name of a parameter" in renamed
+
+
+def _alter_last(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor + (name == "lm_head.weight") * 1e-3 for name, tensor in tensors.items()}
+
+
+def _rename_all(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"other.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _config(base: str, case: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         base=base,
-        dtype="float32",
+        dtype="bfloat16" if case.get("dtype") == torch.bfloat16 else "float32",
         gradient_checkpointing=case.get("checkpointing", False),
         deepspeed=DeepSpeedConfig(zero_stage=case["zero_stage"], offload_parameters=case.get("offload", "none")),
     )
-
-
-def _dtype(case: dict[str, Any]) -> torch.dtype:
-    dtype: torch.dtype = case.get("dtype", torch.float64)
-    return dtype
 
 
 def _merged(parts: list[dict[str, Any]], key: str) -> np.ndarray:
