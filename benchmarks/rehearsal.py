@@ -8,8 +8,8 @@ On this machine, with nodes of ``--cpus`` each. The pool's last rows are held ba
 2. the run: at ``--lose-node-at`` of the shards the second node's raylet is killed (another joins in its place), at
    ``--kill-driver-at`` the driver; the job is submitted again and goes on;
 3. the rows held back join the pool, and the job is submitted once more: their gradient passes are counted;
-4. the run undisturbed, in a workspace of its own, by ``rose-ray run`` on one machine: its score tables must have the
-   digests of step 2.
+4. the run undisturbed, in a workspace of its own, by ``rose-ray run`` on one machine, ``plan`` before it and ``status``
+   behind: its score tables must have the digests of step 2, and what was foretold stands beside what it took.
 """
 
 from __future__ import annotations
@@ -151,6 +151,15 @@ def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
     return text
 
 
+def rose_ray(*arguments: str) -> str:
+    """Run a command on this machine and return what it said."""
+    command = [sys.executable, "-m", "rose_ray", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout[-4000:]}")
+    return done.stdout
+
+
 def digests(workspace: Path) -> dict[str, str]:
     """Digest of every target's newest score table and selection, as their manifests say."""
     found = {}
@@ -250,9 +259,12 @@ def main() -> None:
         sections["with the new rows"] = stage_rows(last_record(workspace))
     print(said["status"], said["grown"], sep="\n", flush=True)
     plain = write_config(scratch / "plain.yaml", content, other, pool[:1], "local")
+    said["plan, one machine"] = rose_ray("plan", str(plain))
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "rose_ray", "run", str(plain)], env=ENVIRONMENT, check=True)
+    said["undisturbed"] = rose_ray("run", str(plain))
     seconds["undisturbed"] = time.monotonic() - started
+    said["status, one machine"] = rose_ray("status", str(plain))
+    print(said["plan, one machine"], said["status, one machine"], sep="\n", flush=True)
     sections["undisturbed, on one machine"] = stage_rows(last_record(other))
     same = before == digests(other)
     print(f"same score tables and selections as the undisturbed run: {same}; seconds: {seconds}", flush=True)
@@ -260,7 +272,9 @@ def main() -> None:
     if arguments.out:
         write_results("rehearsal", sections, {**told, "digests": before}, arguments.out)
         for name, text in said.items():
-            (arguments.out / f"rehearsal-{name}.log").write_text(text, encoding="utf-8")
+            (arguments.out / f"rehearsal-{name.replace(', ', '-').replace(' ', '-')}.log").write_text(
+                text, encoding="utf-8"
+            )
     if not same:
         raise SystemExit("the score tables differ")
 
