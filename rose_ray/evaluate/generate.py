@@ -10,8 +10,9 @@ import torch
 from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.evaluate.fine_tune import evaluating
+from rose_ray.model.generation import end_tokens
 
-GENERATE_VERSION = 1
+GENERATE_VERSION = 2
 """Raised whenever the same model and prompt would give another answer."""
 
 
@@ -28,7 +29,7 @@ def greedy_answers(
         max_batch_tokens: Bound on rows times the longest prompt and answer.
     """
     tokenizer = tokeniser.tokenizer
-    device = next(model.parameters()).device
+    device, ends = next(model.parameters()).device, end_tokens(model, tokeniser)
     answers = [""] * len(prompts)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with evaluating(model):
@@ -50,16 +51,9 @@ def greedy_answers(
                 top_k=None,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=_ends(model, tokenizer),
+                eos_token_id=ends,
             )
             texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
             for place, text in zip(places, texts, strict=True):
                 answers[place] = text.strip()
     return answers
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    # Chat models end a turn with a token that only their generation settings name.
-    own = model.generation_config.eos_token_id
-    ends = own if isinstance(own, list) else [own]
-    return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})

@@ -26,6 +26,7 @@ from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.errors import AccountingError, RowError
 from rose_ray.evaluate.benchmarks import Benchmark
 from rose_ray.evaluate.fine_tune import fresh_model, set_adapter, train_on_pairs, train_on_rows
+from rose_ray.evaluate.generate import GENERATE_VERSION
 from rose_ray.evaluate.measures import MEASURE_VERSION, Item, measure
 from rose_ray.evaluate.trials import MODELS_FOLDER, Training, row_set_digest
 from rose_ray.model.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -132,7 +133,7 @@ def measure_folder(training: Training, benchmark: Benchmark) -> str:
 def _measure_made_from(training: Training, benchmark: Benchmark) -> dict[str, Any]:
     return {
         "stage": "evaluation_measure",
-        "version": MEASURE_VERSION,
+        "version": [MEASURE_VERSION, GENERATE_VERSION],
         "model": training.key,
         "benchmark": benchmark.digest,
     }

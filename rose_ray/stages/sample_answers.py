@@ -13,8 +13,9 @@ from torch import nn
 from rose_ray.data.conversation import Message
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.errors import RowError
+from rose_ray.model.generation import end_tokens
 
-SAMPLE_VERSION = 1
+SAMPLE_VERSION = 2
 """Raised whenever the same model would be asked otherwise."""
 
 
@@ -56,8 +57,7 @@ def sample_answers(
         RowError: ``prompt_too_long``, or what the template raises; the row is named.
     """
     tokenizer = tokeniser.tokenizer
-    device = next(model.parameters()).device
-    ends = sorted({*_ids(tokenizer, tokeniser.template.end_tokens), *_ids(tokenizer, [tokenizer.eos_token])})
+    device, ends = next(model.parameters()).device, end_tokens(model, tokeniser)
     for row_id, turns in questions.items():
         text = tokeniser.template.prompt(turns)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
@@ -98,11 +98,6 @@ def _generate(
         **drawn,
     )
     return found
-
-
-def _ids(tokenizer: Any, tokens: Sequence[str | None]) -> list[int]:
-    known = [tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
-    return [number for number in known if isinstance(number, int) and number >= 0]
 
 
 def _seed(seed: int, row_id: str) -> int:

@@ -23,12 +23,13 @@ def test_the_likeliest_token_each_time(base_folder: str, max_batch_tokens: int) 
     prompts = [tokeniser.encode_prompt([Message("user", text)]) for text in texts]
     found = greedy_answers(model, tokeniser, prompts, max_new_tokens=6, max_batch_tokens=max_batch_tokens)
     model.eval()
+    ends = {tokeniser.tokenizer.convert_tokens_to_ids(token) for token in tokeniser.template.end_tokens}
     for prompt, answer in zip(prompts, found, strict=True):
         ids = list(prompt)
         for _ in range(6):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokeniser.tokenizer.eos_token_id:
+            if ids[-1] in ends | {tokeniser.tokenizer.eos_token_id}:
                 break
         assert answer == tokeniser.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
