@@ -51,18 +51,21 @@ class Nodes:
 
     def __init__(self, folder: Path, cpus: float) -> None:
         self.cpus = cpus
-        self.gcs, self.dashboard = free_port(), free_port()
+        self.gcs, self.dashboard, self.count = free_port(), free_port(), 0
         self.log = open(folder / "nodes.log", "w", encoding="utf-8")  # noqa: SIM115  (closed with the nodes)
-        head = [f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", "--temp-dir=/tmp/rehearsal"]
+        head = [f"--port={self.gcs}", f"--dashboard-port={self.dashboard}"]
         self.processes = [self._start("--head", *head)]
         self.add()
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [RAY, "start", *arguments, f"--num-cpus={self.cpus:g}", "--block", "--disable-usage-stats"]
+        # Nodes that share a host must not share a folder: the one would unpack a job's files over the other's.
+        self.count += 1
+        own = [f"--temp-dir=/tmp/rehearsal-{self.count}", f"--num-cpus={self.cpus:g}"]
+        command = [RAY, "start", *arguments, *own, "--block", "--disable-usage-stats"]
         process = subprocess.Popen(
             command, env=ENVIRONMENT, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        time.sleep(12)
+        time.sleep(25)  # until its agents answer
         return process
 
     def add(self) -> None:

@@ -25,7 +25,7 @@ FLOAT32 = 2e-5
 """The same in float32 (6e-8), over sums of a few hundred products."""
 
 BFLOAT16 = 0.1
-"""The same with a bfloat16 base (4e-3) under a float32 adapter, through some twenty operations."""
+"""The same with base and adapter in bfloat16 (4e-3 a rounding), through some twenty operations."""
 
 BOUNDS = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 ARCHITECTURES = ("llama", "qwen2", "mistral")

@@ -13,6 +13,7 @@ from rose_ray.config.gradients import AdamMode
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.distributed.engine import load_scoring_model
+from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import make_projection
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
@@ -21,6 +22,7 @@ from rose_ray.stages.directions import DirectionSettings
 from rose_ray.stages.features import shard_features
 from rose_ray.stages.tokens import read_samples, tokenize_shard
 from tests import oracles
+from tests.unit.kernels.projection_oracles import slow_factored
 
 FLOAT32_ENTRY = 3e-7
 """Features are stored as float32 entries of at most 1 in size: half a unit in the last place is 6e-8; float32 sums of
@@ -34,6 +36,13 @@ FLOAT32_RELATIVE = 2e-7
 
 FLOAT16_ENTRY = 5e-4
 """Half a unit in the last place of a float16 number of at most 1."""
+
+BFLOAT16_DIRECTION = 0.25
+"""Of a unit direction, all of the model in bfloat16: 2**-9 a rounding, some twenty in a row, so 0.03 without Adam; made
+moments with tiny entries magnify single numbers (0.14 at most here)."""
+
+BFLOAT16_COSINE = 0.1
+"""Of two such directions' product and of lengths: errors hardly point along another direction (0.06 at most here)."""
 
 LORA = LoraConfig(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj"])
 STATES = [
@@ -83,21 +92,30 @@ def gradients(
 
 
 def _features(
-    base: str, tokens: pa.Table, checkpoints: list[Checkpoint], mode: AdamMode, projection: tuple[Any, int, int]
+    base: str,
+    tokens: pa.Table,
+    checkpoints: list[Checkpoint],
+    mode: AdamMode,
+    projection: tuple[Any, int, int],
+    *,
+    deflated: bool = False,
+    bfloat16: bool = False,
 ) -> list[pa.Table]:
-    model = load_scoring_model(
-        ModelConfig(base=base, dtype="float32", loader="plain"), LORA, device="cpu", dtype=torch.float64
-    )
+    settings = ModelConfig(base=base, dtype="bfloat16" if bfloat16 else "float32", loader="plain")
+    model = load_scoring_model(settings, LORA, device="cpu", dtype=None if bfloat16 else torch.float64)
     layout = layout_of(model.module)
-    matrix = make_projection(*projection, layout.num_parameters)
-    settings = DirectionSettings(mode, "float32", max_batch_tokens=200)
-    features = shard_features(model, tokens, checkpoints, layout, [[matrix] * len(checkpoints)], settings)
+    shapes = [(shape[0], shape[1]) for _, shape in layout.shapes]
+    one: Any = make_projection(*projection, layout.num_parameters, shapes=shapes)
+    each = [DeflatedProjection(one, _moments(c)[0]) if deflated else one for c in checkpoints]
+    directions = DirectionSettings(mode, "float32", max_batch_tokens=200)
+    features = shard_features(model, tokens, checkpoints, layout, [each], directions)
     assert features.rejected.num_rows == 0
     return features.tables[0]
 
 
 def _matrix(table: pa.Table) -> np.ndarray:
-    return np.array(table["feature"].to_pylist(), dtype=np.float64)
+    columns = [name for name in ("feature", "exact") if name in table.column_names]
+    return np.hstack([np.array(table[name].to_pylist(), dtype=np.float64) for name in columns])
 
 
 @pytest.mark.parametrize("mode", get_args(AdamMode))
@@ -121,6 +139,49 @@ def test_features_are_those_of_the_slow_path(
             np.testing.assert_allclose(table["loss"].to_numpy(), losses, rtol=FLOAT32_RELATIVE)
             shares = [_share(mode, gradient, checkpoint) for _, gradient in rows]
             np.testing.assert_allclose(table["momentum_share"].to_numpy(), shares, rtol=FLOAT32_RELATIVE)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "factored"])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_features_of_the_default_projection_and_of_the_factored_one(
+    kind: Any,
+    deflated: bool,
+    base_folder: str,
+    oracle_model: torch.nn.Module,
+    tokens: pa.Table,
+    checkpoints: list[Checkpoint],
+    gradients: Any,
+) -> None:
+    shapes = [(shape[0], shape[1]) for _, shape in layout_of(oracle_model).shapes]
+    dim, seed, num_parameters = 60, 5, len(gradients[0][0][1])
+    if kind == "factored":
+        matrix = slow_factored(dim, seed, shapes).numpy()
+    else:
+        matrix = oracles.projection_matrix(kind, dim, seed, num_parameters)
+    tables = _features(base_folder, tokens, checkpoints, "torch", (kind, dim, seed), deflated=deflated)
+    for table, rows, checkpoint in zip(tables, gradients, checkpoints, strict=True):
+        own = matrix
+        if deflated:
+            common = _moments(checkpoint)[0].double().numpy()
+            unit = common / np.linalg.norm(common)
+            own = np.vstack([matrix - np.outer(matrix @ unit, unit), unit])
+        gammas = [_direction("torch", gradient, checkpoint) for _, gradient in rows]
+        expected = np.stack([own @ (gamma / gamma.norm()).numpy() for gamma in gammas])
+        np.testing.assert_allclose(_matrix(table), expected, rtol=0, atol=FLOAT32_ENTRY)
+
+
+@pytest.mark.parametrize("mode", ["torch", "sgd"])
+def test_a_bfloat16_model_keeps_directions_and_cosines(
+    mode: AdamMode, base_folder: str, tokens: pa.Table, checkpoints: list[Checkpoint], gradients: Any
+) -> None:
+    tables = _features(base_folder, tokens, checkpoints, mode, ("none", 1, 0), bfloat16=True)
+    for table, rows, checkpoint in zip(tables, gradients, checkpoints, strict=True):
+        gammas = [_direction(mode, gradient, checkpoint) for _, gradient in rows]
+        expected = np.stack([(gamma / gamma.norm()).numpy() for gamma in gammas])
+        found = _matrix(table)
+        assert np.linalg.norm(found - expected, axis=1).max() < BFLOAT16_DIRECTION
+        assert np.abs(found @ found.T - expected @ expected.T).max() < BFLOAT16_COSINE
+        np.testing.assert_allclose(table["norm"].to_numpy(), [gamma.norm() for gamma in gammas], rtol=BFLOAT16_COSINE)
 
 
 def test_torch_mode_is_the_step_of_the_real_optimizer(

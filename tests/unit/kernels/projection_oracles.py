@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rose_ray.kernels.factored import make_grids
 from rose_ray.kernels.projection import Projection
 
 FLOAT64_ROUNDING = 1e-12  # sums of a few hundred numbers of order 1, in whatever order
@@ -54,6 +55,21 @@ def slow_signs(kind: str, seed: int, num_rows: int, num_columns: int) -> Tensor:
         bit = slow_word(kind, seed, row // 32, column) // 2 ** (row % 32) % 2
         signs[row, column] = 1.0 if bit else -1.0
     return signs
+
+
+def slow_factor(seed: int, stream: int, num_rows: int, length: int) -> Tensor:
+    first, second = slow_keys("factored", seed, stream)
+    return slow_signs("factored", first + 2**32 * second, num_rows, length) / math.sqrt(num_rows)
+
+
+def slow_factored(dim: int, seed: int, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Row-major: the entry of L V R^T at (p, q) is the product with row (p, q) of L (x) R."""
+    parts = []
+    for m, grid in enumerate(make_grids(dim, shapes)):
+        left = slow_factor(seed, 2 * m, grid.rows_kept, grid.num_rows)
+        right = slow_factor(seed, 2 * m + 1, grid.columns_kept, grid.num_columns)
+        parts.append(torch.kron(left, right))
+    return torch.block_diag(*parts)
 
 
 def slow_matrix(kind: str, dim: int, seed: int, num_parameters: int) -> Tensor:

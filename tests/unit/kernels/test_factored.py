@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
 
 from rose_ray.errors import ConfigError, ShapeError
 from rose_ray.kernels.factored import FactoredProjection, make_grids
@@ -20,8 +19,8 @@ from tests.unit.kernels.projection_oracles import (
     matrix_of,
     project,
     random_values,
-    slow_keys,
-    slow_signs,
+    slow_factor,
+    slow_factored,
 )
 
 torch.set_num_threads(1)  # tiny tensors: handing them to threads costs more than the sums
@@ -37,26 +36,11 @@ GOLDEN_SIGNS = [
 ]
 
 
-def _slow_factor(seed: int, stream: int, num_rows: int, length: int) -> Tensor:
-    first, second = slow_keys("factored", seed, stream)
-    return slow_signs("factored", first + 2**32 * second, num_rows, length) / math.sqrt(num_rows)
-
-
-def _slow_factored(dim: int, seed: int) -> Tensor:
-    """Row-major: the entry of L V R^T at (p, q) is the product with row (p, q) of L (x) R."""
-    parts = []
-    for m, grid in enumerate(make_grids(dim, SHAPES)):
-        left = _slow_factor(seed, 2 * m, grid.rows_kept, grid.num_rows)
-        right = _slow_factor(seed, 2 * m + 1, grid.columns_kept, grid.num_columns)
-        parts.append(torch.kron(left, right))
-    return torch.block_diag(*parts)
-
-
 @pytest.mark.parametrize("dim", [4, 30, 100, 1000])
 @pytest.mark.parametrize("seed", [0, 2**40 + 3])
 def test_matrix_equals_the_explicit_one(dim: int, seed: int) -> None:
     projection = FactoredProjection(dim, seed, SHAPES)
-    expected = _slow_factored(dim, seed)
+    expected = slow_factored(dim, seed, SHAPES)
     assert (projection.dim, projection.num_parameters) == expected.shape
     torch.testing.assert_close(matrix_of(projection), expected, atol=FLOAT64_ROUNDING, rtol=0)
     values = random_values(3, NUM_PARAMETERS)
@@ -67,7 +51,7 @@ def test_matrix_equals_the_explicit_one(dim: int, seed: int) -> None:
 def test_many_rows_take_many_words() -> None:
     """More than 32 rows on each side."""
     projection = FactoredProjection(70 * 70, 1, [(80, 90)])
-    left, right = _slow_factor(1, 0, 70, 80), _slow_factor(1, 1, 70, 90)
+    left, right = slow_factor(1, 0, 70, 80), slow_factor(1, 1, 70, 90)
     values = random_values(2, 7200)
     expected = (left @ values.unflatten(1, (80, 90)) @ right.T).flatten(1)
     torch.testing.assert_close(project(projection, values), expected, atol=FLOAT64_ROUNDING, rtol=0)

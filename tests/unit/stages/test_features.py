@@ -15,11 +15,12 @@ from rose_ray.config.gradients import AdamMode
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.errors import ConfigError
+from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import make_projection
 from rose_ray.kernels.quantization import StoredType
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
-from rose_ray.model.layout import layout_of
+from rose_ray.model.layout import adapter_parameters, layout_of
 from rose_ray.model.scoring import ScoringModel
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
@@ -232,13 +233,25 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
         _features(model, checkpoints)
 
 
-def test_a_row_of_nan_changes_no_byte_of_its_neighbours(checkpoints: list[Checkpoint], base_folder: str) -> None:
-    base = load_base(ModelConfig(base=base_folder, dtype="float32"))
-    model = ScoringModel(attach_adapter(base, LORA, dropout=0), "cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(float("nan"), "non_finite_loss"), (float("inf"), "non_finite_loss"), (3e38, "non_finite_gradient")],
+)
+def test_a_row_that_overflows_changes_no_byte_of_its_neighbours(
+    value: float, reason: str, dtype: str, checkpoints: list[Checkpoint], base_folder: str
+) -> None:
+    base = load_base(ModelConfig(base=base_folder, dtype=dtype))  # type: ignore[arg-type]
+    module = attach_adapter(base, LORA, dropout=0)
+    for parameter in adapter_parameters(module).values():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model = ScoringModel(module, "cpu")
     poison = next(t for t in range(5, 330) if all(t not in sample.input_ids for sample in SAMPLES))
     samples = [SAMPLES[0], replace(SAMPLES[1], input_ids=[*SAMPLES[1].input_ids[:-1], poison]), SAMPLES[2]]
     layout = layout_of(model.module)
-    spaces = [[make_projection("sketch", 16, 0, layout.num_parameters)] * 2]
+    sketch = make_projection("sketch", 16, 0, layout.num_parameters)
+    common = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(1))
+    spaces = [[sketch] * 2, [DeflatedProjection(sketch, common)] * 2]
     settings = DirectionSettings("torch", "float32", max_batch_tokens=64)
 
     def features() -> ShardFeatures:
@@ -246,11 +259,12 @@ def test_a_row_of_nan_changes_no_byte_of_its_neighbours(checkpoints: list[Checkp
 
     expected = features()
     with torch.no_grad():
-        base.get_input_embeddings().weight[poison] = float("nan")  # type: ignore[operator]
+        base.get_input_embeddings().weight[poison] = value  # type: ignore[operator]
     found = features()
-    assert [(row["row_id"], row["reason"]) for row in found.rejected.to_pylist()] == [("r1", "non_finite_loss")]
-    for table, whole in zip(found.tables[0], expected.tables[0], strict=True):
-        assert table.equals(whole.take([0, 2]))
+    assert [(row["row_id"], row["reason"]) for row in found.rejected.to_pylist()] == [("r1", reason)]
+    for tables, whole_tables in zip(found.tables, expected.tables, strict=True):
+        for table, whole in zip(tables, whole_tables, strict=True):
+            assert table.equals(whole.take([0, 2]))
 
 
 def test_padding_is_counted(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
