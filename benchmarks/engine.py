@@ -8,13 +8,16 @@ python benchmarks/engine.py --data ../shared   lengths of a real pool instead of
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, pool_samples
 from benchmarks.plain import full_logits_step, label_only_step
@@ -67,9 +70,15 @@ class Setting:
         return pool_samples(root / "data/pool/pool.jsonl.gz", root / "models/tiny-llama-4m", self.num_samples)
 
 
+@functools.lru_cache(maxsize=3)
+def shared_model(setting: Setting, dtype: torch.dtype, adapter: torch.dtype) -> nn.Module:
+    """One model for all variants of these types: a large one fits a device once or twice, not twenty times."""
+    return make_model(SIZES[setting.size], setting.rank, dtype, adapter=adapter, device=setting.device)
+
+
 def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
     """A training step's passes; its adapter is float32, as PEFT trains it."""
-    model = make_model(SIZES[setting.size], setting.rank, dtype, adapter=torch.float32, device=setting.device)
+    model = shared_model(setting, dtype, torch.float32)
     batches = setting.batches()
     step = label_only_step if label_only else full_logits_step
     return lambda: step(model, batches)
@@ -77,18 +86,18 @@ def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
 
 def engine(setting: Setting, dtype: torch.dtype, projection: str, dim: int) -> Pass:
     """This project's pass: one forward and one backward, Adam and projection on the way."""
-    module = make_model(SIZES[setting.size], setting.rank, dtype, adapter=dtype, device=setting.device)
+    module = shared_model(setting, dtype, dtype)
     layout = layout_of(module)
     checkpoint = make_checkpoint(module)
-    model = ScoringModel(module, setting.device)
-    moments = AdamMoments.of(checkpoint).to(model.device)
-    projections = [each.to(model.device) for each in _projections(projection, dim, layout, checkpoint)]
+    moments = AdamMoments.of(checkpoint).to(torch.device(setting.device))
+    projections = [each.to(setting.device) for each in _projections(projection, dim, layout, checkpoint)]
     settings = DirectionSettings("torch", "float16", setting.tokens, kernel=setting.kernel)  # type: ignore[arg-type]
     batches = setting.batches()
 
     def once() -> None:
-        for batch in batches:
-            batch_directions(model, batch, moments, layout, projections, settings)
+        with closing(ScoringModel(module, setting.device)) as model:
+            for batch in batches:
+                batch_directions(model, batch, moments, layout, projections, settings)
 
     return once
 
@@ -112,15 +121,13 @@ def _projections(name: str, dim: int, layout: ParameterLayout, checkpoint: Any) 
     return [DeflatedProjection(inner, torch.cat([part.flatten() for part in parts if part is not None]))]
 
 
-def compared(
-    setting: Setting, variants: Sequence[tuple[str, torch.dtype, str, int]], rounds: int
-) -> list[dict[str, Any]]:
-    """Time variants beside both plain steps; tokens per second count real tokens, padding left out."""
+def compared(setting: Setting, variants: Sequence[Variant], rounds: int, baseline: torch.dtype) -> list[dict[str, Any]]:
+    """Time variants beside both plain steps of a type; tokens per second count real tokens, padding left out."""
     passes: dict[str, Pass] = {
-        BASELINE: plain(setting, torch.float32, label_only=False),
-        LABEL_ONLY: plain(setting, torch.float32, label_only=True),
+        BASELINE: plain(setting, baseline, label_only=False),
+        LABEL_ONLY: plain(setting, baseline, label_only=True),
     }
-    if any(dtype is torch.bfloat16 for _, dtype, _, _ in variants):
+    if baseline is torch.float32 and any(dtype is torch.bfloat16 for _, dtype, _, _ in variants):
         passes[f"{BASELINE}, bf16 base"] = plain(setting, torch.bfloat16, label_only=False)
     for name, dtype, projection, dim in variants:
         passes[name] = engine(setting, dtype, projection, dim)
@@ -172,11 +179,18 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--kernel", choices=["torch", "triton"], default="torch")
     parser.add_argument("--size", choices=list(SIZES), default="base")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="bfloat16: neither baseline nor variants in float32, for models that fit a device only so",
+    )
     parser.add_argument("--data", help="folder with data/pool and models/tiny-llama-4m; only with --size base")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    f32, bf16 = torch.float32, torch.bfloat16
+    bf16 = torch.bfloat16
+    f32 = baseline = getattr(torch, options.dtype)
 
     def setting(size: str = options.size, rank: int = 64) -> Setting:
         return Setting(size, rank, options.tokens, options.device, options.data, options.samples, options.kernel)
@@ -198,7 +212,7 @@ def main() -> None:
             ("engine, sketch, D 8192, bf16", bf16, "sketch", 8192),
             ("engine, exact 16, bf16", bf16, "exact 16", 0),
         ]
-        sections[f"projections: {options.size}, r 64"] = compared(setting(), variants, options.rounds)
+        sections[f"projections: {options.size}, r 64"] = compared(setting(), variants, options.rounds, baseline)
     few = [
         ("engine, sketch, deflated, D 1024", f32, "sketch, deflated", 1024),
         ("engine, sketch, deflated, D 8192", f32, "sketch, deflated", 8192),
@@ -208,10 +222,10 @@ def main() -> None:
     ]
     if options.part in ("sizes", "all"):
         for size in ("small", "large"):
-            sections[f"size: {size}, r 64"] = compared(setting(size), few, options.rounds)
+            sections[f"size: {size}, r 64"] = compared(setting(size), few, options.rounds, baseline)
     if options.part in ("ranks", "all"):
         for rank in (8, 128):
-            sections[f"rank: {options.size}, r {rank}"] = compared(setting(rank=rank), few, options.rounds)
+            sections[f"rank: {options.size}, r {rank}"] = compared(setting(rank=rank), few, options.rounds, baseline)
     if options.part in ("memory", "all"):
         measured = [(BASELINE, f32, "", 0), *few]
         sections[f"memory: {options.size}, r 64"] = [peak_memory(setting(), *each) for each in measured]
@@ -223,6 +237,7 @@ def main() -> None:
         "padding": round(padding, 4),
         "lengths": "real pool" if options.data else "log-normal",
         "kernel": options.kernel,
+        "dtype": options.dtype,
     }
     name = f"engine-{options.size}-{options.part}" if options.part != "all" else f"engine-{options.size}"
     write_results(name, sections, facts, options.out)
