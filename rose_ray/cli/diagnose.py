@@ -78,7 +78,7 @@ def _write_json(path: str | None, content: dict[str, Any]) -> None:
 def shots(
     config: Config,
     target: Target,
-    draws: Annotated[int, typer.Option(min=2, help="Random draws of pairs for each number of shots.")] = 50,
+    draws: Annotated[int, typer.Option(min=2, help="Random draws for each number of shots.")] = 50,
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Least lower end of the Jaccard index of a stable selection.")
     ] = 0.8,
@@ -91,17 +91,18 @@ def shots(
     from rose_ray.stages.diagnose.pool_scores import PoolScores, stored_pool
     from rose_ray.stages.diagnose.shots import DrawSettings, shots_lines, shots_report
     from rose_ray.stages.diagnose.stored import needed_bank, target_named
-    from rose_ray.stages.target_pairs import read_target_pairs
+    from rose_ray.stages.target_pairs import read_target_shots
     from rose_ray.stores.workspace import Workspace
 
     chosen = target_named(loaded, target)
     workspace = Workspace.open(loaded.workspace)
-    bank = needed_bank(workspace, loaded, chosen, read_target_pairs(chosen))
+    own, shots_of_own = read_target_shots(chosen)
+    bank = needed_bank(workspace, loaded, chosen, own)
     pool, features_key = stored_pool(workspace, bank)
     with PoolScores(bank.atoms(), chosen, pool.counts["unique"]) as scores:
         scores.read(workspace, pool, features_key, bank.checkpoints)
         settings = DrawSettings(draws, threshold, seed)
-        report = shots_report(scores, bank.pairs[0].pair_ids, bank.subtasks, settings)
+        report = shots_report(scores, shots_of_own, settings)
     for line in shots_lines(report):
         typer.echo(line)
     _write_json(json_file, report.as_json())
