@@ -21,6 +21,11 @@ Json = Annotated[str | None, typer.Option("--json", help="Write everything as JS
 def doctor(
     config: Config,
     test: Annotated[list[str] | None, typer.Option("--test", help="Files of test texts to look for.")] = None,
+    test_field: Annotated[
+        list[str] | None,
+        typer.Option("--test-field", help="Key whose text counts in those files; known keys if unset."),
+    ] = None,
+    test_split: Annotated[str | None, typer.Option("--test-split", help="Take rows of this split alone.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if more than notes is found.")] = False,
     json_file: Json = None,
     similar: Annotated[
@@ -31,7 +36,7 @@ def doctor(
 ) -> None:
     """Look for what is wrong with the targets' pairs: by their texts, and by the bank and pool where there are some."""
     loaded = _loaded(config, overrides)
-    from rose_ray.errors import PairError
+    from rose_ray.errors import ConfigError, PairError
     from rose_ray.filesystem import expand
     from rose_ray.stages.diagnose.doctor import examine
     from rose_ray.stages.diagnose.findings import report_lines
@@ -39,13 +44,15 @@ def doctor(
     from rose_ray.stages.diagnose.pair_texts import TextLimits
     from rose_ray.stages.target_pairs import read_target_pairs
 
+    if not test and (test_field or test_split):
+        raise ConfigError("--test-field and --test-split say what of the files of --test is read: name some.")
     pairs: dict[str, Any] = {}
     for target in loaded.targets:
         try:
             pairs[target.name] = read_target_pairs(target, checked=False)
         except PairError as error:
             pairs[target.name] = error
-    tests = read_evaluation_texts(expand(test)) if test else None
+    tests = read_evaluation_texts(expand(test), fields=test_field, split=test_split) if test else None
     limits = TextLimits(similarity=similar, subtask_pairs=subtask_pairs)
     reports = []
     for number, report in enumerate(examine(_workspace_if_any(loaded), loaded, pairs, tests, limits)):
