@@ -117,9 +117,5 @@ def write_results(name: str, sections: Mapping[str, Sequence[Any]], facts: Mappi
     print("\n".join(lines))
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,6 +21,11 @@ Json = Annotated[str | None, typer.Option("--json", help="Write everything as JS
 def doctor(
     config: Config,
     test: Annotated[list[str] | None, typer.Option("--test", help="Files of test texts to look for.")] = None,
+    test_field: Annotated[
+        list[str] | None,
+        typer.Option("--test-field", help="Key whose text counts in those files; known keys if unset."),
+    ] = None,
+    test_split: Annotated[str | None, typer.Option("--test-split", help="Take rows of this split alone.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if more than notes is found.")] = False,
     json_file: Json = None,
     similar: Annotated[
@@ -31,7 +36,7 @@ def doctor(
 ) -> None:
     """Look for what is wrong with the targets' pairs: by their texts, and by the bank and pool where there are some."""
     loaded = _loaded(config, overrides)
-    from rose_ray.errors import PairError
+    from rose_ray.errors import ConfigError, PairError
     from rose_ray.filesystem import expand
     from rose_ray.stages.diagnose.doctor import examine
     from rose_ray.stages.diagnose.findings import report_lines
@@ -39,13 +44,15 @@ def doctor(
     from rose_ray.stages.diagnose.pair_texts import TextLimits
     from rose_ray.stages.target_pairs import read_target_pairs
 
+    if not test and (test_field or test_split):
+        raise ConfigError("--test-field and --test-split say what of the files of --test is read: name some.")
     pairs: dict[str, Any] = {}
     for target in loaded.targets:
         try:
             pairs[target.name] = read_target_pairs(target, checked=False)
         except PairError as error:
             pairs[target.name] = error
-    tests = read_evaluation_texts(expand(test)) if test else None
+    tests = read_evaluation_texts(expand(test), fields=test_field, split=test_split) if test else None
     limits = TextLimits(similarity=similar, subtask_pairs=subtask_pairs)
     reports = []
     for number, report in enumerate(examine(_workspace_if_any(loaded), loaded, pairs, tests, limits)):
@@ -78,7 +85,7 @@ def _write_json(path: str | None, content: dict[str, Any]) -> None:
 def shots(
     config: Config,
     target: Target,
-    draws: Annotated[int, typer.Option(min=2, help="Random draws of pairs for each number of shots.")] = 50,
+    draws: Annotated[int, typer.Option(min=2, help="Random draws for each number of shots.")] = 50,
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Least lower end of the Jaccard index of a stable selection.")
     ] = 0.8,
@@ -91,17 +98,18 @@ def shots(
     from rose_ray.stages.diagnose.pool_scores import PoolScores, stored_pool
     from rose_ray.stages.diagnose.shots import DrawSettings, shots_lines, shots_report
     from rose_ray.stages.diagnose.stored import needed_bank, target_named
-    from rose_ray.stages.target_pairs import read_target_pairs
+    from rose_ray.stages.target_pairs import read_target_shots
     from rose_ray.stores.workspace import Workspace
 
     chosen = target_named(loaded, target)
     workspace = Workspace.open(loaded.workspace)
-    bank = needed_bank(workspace, loaded, chosen, read_target_pairs(chosen))
+    own, shots_of_own = read_target_shots(chosen)
+    bank = needed_bank(workspace, loaded, chosen, own)
     pool, features_key = stored_pool(workspace, bank)
     with PoolScores(bank.atoms(), chosen, pool.counts["unique"]) as scores:
         scores.read(workspace, pool, features_key, bank.checkpoints)
         settings = DrawSettings(draws, threshold, seed)
-        report = shots_report(scores, bank.pairs[0].pair_ids, bank.subtasks, settings)
+        report = shots_report(scores, shots_of_own, settings)
     for line in shots_lines(report):
         typer.echo(line)
     _write_json(json_file, report.as_json())

@@ -32,7 +32,9 @@ class ModelConfig(Strict):
 
     base: str = Field(description="Folder or Hugging Face name of the base model and its tokenizer.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Type of the frozen base weights. Adapters and gradients are float32 always."
+        "bfloat16",
+        description="Type of the frozen base weights. The adapter is trained in float32 and scored in this type; "
+        "gradients are float32.",
     )
     max_tokens: int = Field(2048, ge=8, description="Longest sample; the right side of longer ones is cut and counted.")
     template: str = Field(
@@ -46,7 +48,7 @@ class ModelConfig(Strict):
         "none", description="nf4 holds the base's linear layers in 4 bits (bitsandbytes); adapters stay whole."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, about half as fast again."
+        False, description="Recompute activations: less memory, takes about half as long again."
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
     loader: Literal["deepspeed", "plain"] = Field("deepspeed", description="Who holds the model in the scoring actors.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rose_ray.data.conversation import Message
 from rose_ray.data.pair_formats import PairContent, pair_content, pair_format
@@ -41,6 +41,34 @@ class PreferencePair:
     raw_chosen: str
     raw_rejected: str
     tools: str | None = None
+
+
+class Shot(NamedTuple):
+    """What is taken, drawn or left out together: all pairs of a labelled row, or a pair that stands alone.
+
+    Attributes:
+        subtask: Of its pairs.
+        is_row: Whether it is a labelled row: a row and a pair may have the same id.
+        name: Id of the row or the pair.
+    """
+
+    subtask: str
+    is_row: bool
+    name: str
+
+
+def shots_of_pairs(pairs: Sequence[PreferencePair], row_of: Mapping[str, str]) -> list[Shot]:
+    """Return the shot of each pair.
+
+    Args:
+        pairs: Any.
+        row_of: Labelled rows by pair id; a pair without an entry is a shot itself.
+    """
+    rows = [row_of.get(pair.pair_id) for pair in pairs]
+    return [
+        Shot(pair.subtask, row is not None, pair.pair_id if row is None else row)
+        for pair, row in zip(pairs, rows, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -159,7 +187,7 @@ def take_shots(
     shots: int | None,
     *,
     target: str,
-    shot_of: Mapping[str, str] | None = None,
+    row_of: Mapping[str, str] | None = None,
 ) -> list[PreferencePair]:
     """Return the pairs of the first ``shots`` shots of every subtask in the order given; all where None.
 
@@ -167,7 +195,7 @@ def take_shots(
         pairs: To choose from.
         shots: How many.
         target: Name for messages.
-        shot_of: By pair id, where several pairs make one shot; a pair without an entry is one itself.
+        row_of: As in `shots_of_pairs`; every pair is a shot where None.
 
     Raises:
         PairError: A subtask has fewer.
@@ -176,19 +204,18 @@ def take_shots(
         return list(pairs)
     if shots < 1:
         raise ConfigError(f"target {target}: shots is {shots}, expected at least 1.")
-    by_subtask: dict[str, dict[tuple[bool, str], list[PreferencePair]]] = {}
-    for pair in pairs:
-        own = (shot_of or {}).get(pair.pair_id)
-        shot = (own is not None, own or pair.pair_id)
-        by_subtask.setdefault(pair.subtask, {}).setdefault(shot, []).append(pair)
+    own = shots_of_pairs(pairs, row_of or {})
+    by_subtask: dict[str, list[Shot]] = {}
+    for shot in dict.fromkeys(own):
+        by_subtask.setdefault(shot.subtask, []).append(shot)
     short = [f"{name!r} has {len(group)}" for name, group in by_subtask.items() if len(group) < shots]
     if short:
         raise PairError(
             f"target {target}: {shots} shots asked for, but subtask {', '.join(short[:_NUM_LISTED])}. "
             "Lower `shots` or add pairs."
         )
-    kept = {id(pair) for group in by_subtask.values() for shot in list(group.values())[:shots] for pair in shot}
-    return [pair for pair in pairs if id(pair) in kept]
+    kept = {shot for group in by_subtask.values() for shot in group[:shots]}
+    return [pair for pair, shot in zip(pairs, own, strict=True) if shot in kept]
 
 
 def _filled_records(location: Location, format_name: str, whose: str) -> list[_Record]:

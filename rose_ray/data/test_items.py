@@ -85,10 +85,13 @@ def read_test_items(
             raise PairError(
                 f"{location.name}: {len(problems)} rows hold no test text:\n  "
                 + "\n  ".join(problems[:_NUM_LISTED])
-                + f"{more}\nName the keys that hold it with `decontaminate.fields`, or mend the file."
+                + f"{more}\nName the keys that hold it (`decontaminate.fields`; `doctor --test-field`), or mend the "
+                "file."
             )
         if not num_items:
-            raise DataError(f"{location.name}: no row of split {split!r}. Check `decontaminate.split`.")
+            raise DataError(
+                f"{location.name}: no row of split {split!r}. Check `decontaminate.split` or `--test-split`."
+            )
 
 
 def _items(name: str, value: Mapping[str, Any], fields: Sequence[str] | None) -> Iterator[MeasuredItem]:

@@ -79,7 +79,7 @@ def reward_step(
         seed: Of the draws.
 
     Raises:
-        ConfigError: Several ranks share an actor's model.
+        ConfigError: Several ranks share an actor's model, or the target's method takes no gradients.
         StoreError: The bank or features are missing.
         RoseError: Whatever a cluster or a model may raise.
     """

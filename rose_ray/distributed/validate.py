@@ -11,7 +11,7 @@ from rose_ray.data.tokenize import Tokeniser
 from rose_ray.distributed.methods import check_methods
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
 from rose_ray.filesystem import expand, locate
-from rose_ray.methods.registry import needs_of
+from rose_ray.methods.registry import method_of, needs_of
 from rose_ray.model.describe import describe_model
 from rose_ray.model.tokenizer import load_tokeniser, text_digest
 from rose_ray.stages.bank import encode_pairs
@@ -61,8 +61,11 @@ def _target_line(target: TargetConfig, tokeniser: Tokeniser) -> str:
     if not target.pairs:
         return f"target {target.name}: {method}no pairs"
     pairs = read_target_pairs(target)
-    encoded = encode_pairs(pairs, tokeniser, target)
     counts = Counter(pair.subtask for pair in pairs)
-    cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
     subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
-    return f"target {target.name}: {method}{len(pairs)} pairs ({subtasks}), {cut} cut at {tokeniser.max_tokens} tokens"
+    found = f"target {target.name}: {method}{len(pairs)} pairs ({subtasks})"
+    if not (target.uses_gradients or method_of(target).needs.any_model):
+        return found  # no run tokenises them
+    encoded = encode_pairs(pairs, tokeniser, target)
+    cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
+    return f"{found}, {cut} cut at {tokeniser.max_tokens} tokens"

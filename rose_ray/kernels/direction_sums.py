@@ -41,7 +41,7 @@ class DirectionSums:
         momentum_square: ``||b1 m||**2``, float64 scalar.
 
     Raises:
-        ConfigError: The kernel is unknown, or cannot do one of the projections.
+        ConfigError: The kernel is unknown.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @triton.jit
 def mix(words):
-    """``_mix`` of :mod:`rose_ray.kernels.projection`; uint32 drops what its masks drop."""
+    """``_mix_`` of :mod:`rose_ray.kernels.hashing`; uint32 drops what its masks drop."""
     words = (words ^ (words >> 16)) * 0x21F0AAAD
     words = (words ^ (words >> 15)) * 0x735A2D97
     return words ^ (words >> 15)

@@ -10,12 +10,12 @@ direction is divided by its own length, which differs from checkpoint to checkpo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rose_ray.errors import NumericsError, ShapeError
+from rose_ray.errors import ConfigError, NumericsError, ShapeError
 from rose_ray.kernels.aggregation import subtask_order
 from rose_ray.kernels.influence import influence
 from rose_ray.kernels.objectives import CANCELLATION_FRACTION, Floats, Normalize, Objective, PairGradients, dpo_weights
@@ -102,6 +102,18 @@ class PairAtoms:
         signed_VT: Floats = np.where(flipped_V[:, None], -mean_VT, mean_VT)
         return signed_VT
 
+    def signed_atoms(self, drawn_V: NDArray[np.bool_], flipped_V: NDArray[np.bool_]) -> list[tuple[int, float]]:
+        """Return the atom that is each drawn pair's own direction, and its sign, in the pairs' order.
+
+        Raises:
+            ConfigError: Under ``dpo_weighted`` single pairs have no scores.
+        """
+        if self._is_weighted:
+            raise ConfigError("dpo_weighted makes one direction of a subtask's pairs: single pairs have no scores")
+        if self._two_sided:
+            return [(v + self.num_pairs * int(flipped_V[v]), 1.0) for v in np.flatnonzero(drawn_V).tolist()]
+        return [(v, -1.0 if flipped_V[v] else 1.0) for v in np.flatnonzero(drawn_V).tolist()]
+
     def _weighted(self, number: int, member_VT: Floats, flipped_V: NDArray[np.bool_]) -> Floats:
         amounts_V = np.where(flipped_V, -self._flip_ratios[number], 1.0)
         sums_VT = amounts_V[:, None] * member_VT
@@ -115,23 +127,33 @@ class PairAtoms:
         return np.asarray(self._weights_C[number] * sums_VT)
 
 
-def subset(subtasks: Sequence[str], num_shots: int, random: np.random.Generator) -> NDArray[np.bool_]:
-    """Draw ``num_shots`` pairs of every subtask, all where it has fewer, without replacement; bool [V]."""
-    drawn_V, _ = two_subsets(subtasks, num_shots, random)
-    return drawn_V
-
-
 def two_subsets(
-    subtasks: Sequence[str], num_shots: int, random: np.random.Generator
+    subtasks: Sequence[str], shots: Sequence[Hashable], num_shots: int, random: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Draw as `subset` does, and again from what is left; where too few are left, the second has fewer or none."""
-    labels_V = np.asarray(subtasks, dtype=object)
+    """Draw shots of every subtask without replacement, and again from what is left.
+
+    Args:
+        subtasks: Of each pair.
+        shots: Of each pair; those of one shot are equal, and of one subtask.
+        num_shots: Of each subtask; all where it has fewer. Where too few are left, the second draw has fewer or none.
+        random: Draws.
+
+    Returns:
+        Which pairs were drawn first, and then: bool [V] each.
+    """
+    labels_V, shots_V = np.asarray(subtasks, dtype=object), numbered(shots)
     first_V, second_V = np.zeros((2, len(subtasks)), dtype=bool)
     for name in dict.fromkeys(subtasks):
-        order = random.permutation(np.flatnonzero(labels_V == name))
-        first_V[order[:num_shots]] = True
-        second_V[order[num_shots : 2 * num_shots]] = True
+        order = random.permutation(np.unique(shots_V[labels_V == name]))
+        first_V |= np.isin(shots_V, order[:num_shots])
+        second_V |= np.isin(shots_V, order[num_shots : 2 * num_shots])
     return first_V, second_V
+
+
+def numbered(shots: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Return the number of each pair's shot [V], counted from 0 in the order in which shots appear."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(shot, len(numbers)) for shot in shots], dtype=np.int64)
 
 
 def jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:

@@ -12,7 +12,6 @@ divides D would send a whole column to one row of the sketch, and a channel with
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +29,6 @@ SKETCH_BLOCK_COLUMNS = 1 << 16
 _MIN_DIM_BY_BLOCK = 257  # narrower blocks cost more in calls than the gather costs in memory
 
 _MIN_BLOCKS_DOUBLED = 4  # below that, clearing and folding a doubled row costs more than it saves
-
-
-class SketchKeys(NamedTuple):
-    """Keys of the hash words (see :mod:`rose_ray.kernels.hashing`) of the turns and of the signs, 32 bits each."""
-
-    shift_first: int
-    shift_second: int
-    sign_first: int
-    sign_second: int
 
 
 class SketchProjection(HeldNowhere):
@@ -59,21 +49,17 @@ class SketchProjection(HeldNowhere):
 
     def __init__(self, dim: int, seed: int, num_parameters: int, table_cache_bytes: int = TABLE_CACHE_BYTES) -> None:
         self.dim, self.seed, self.num_parameters = dim, seed, num_parameters
-        self._keys = SketchKeys(*word_keys(self.kind, seed, 0), *word_keys(self.kind, seed, 1))
+        self._shift_keys, self._sign_keys = (word_keys(self.kind, seed, word) for word in (0, 1))
         self._tables = TableCache(table_cache_bytes)
-
-    def sketch_keys(self) -> SketchKeys:
-        """Return the four ints from which a kernel can compute the same turns and signs."""
-        return self._keys
 
     def shifts(self, first_block: int, num_blocks: int, device: torch.device) -> Tensor:
         """Return the turns [num_blocks] of blocks ``first_block`` on, int64 in [0, D)."""
         index = torch.arange(first_block, first_block + num_blocks, dtype=torch.int64, device=device)
-        return hash_words(index, self._keys.shift_first, self._keys.shift_second).remainder_(self.dim)
+        return hash_words(index, *self._shift_keys).remainder_(self.dim)
 
     def signs(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Return the signs [stop - start] of parameters ``start`` to ``stop``, int8."""
-        return sign_run((self._keys.sign_first, self._keys.sign_second), start, stop, device)
+        return sign_run(self._sign_keys, start, stop, device)
 
     def add(self, out_BD: Tensor, offset: int, values_Bn: Tensor) -> None:
         """See :class:`~rose_ray.kernels.projection.Projection`."""

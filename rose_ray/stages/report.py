@@ -120,7 +120,7 @@ def _warmup_lines(workspace: Workspace, run: Mapping[str, Any]) -> Iterator[str]
 
 
 def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:
-    """Show a row's conversation, shortened, and its influence per target, pair and checkpoint.
+    """Show a row's conversation, shortened, and its influence per target, pair and checkpoint, or why it has none.
 
     Args:
         workspace: Of a finished run.
@@ -129,7 +129,7 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
 
     Raises:
         StoreError: No run made a score table of a target, or the newest is one of another objective.
-        DataError: No scored row, or several, begin like this.
+        DataError: No scored or rejected row, or several, begin like this.
     """
     for target in config.targets:
         stage = last_stage(workspace, f"score {target.name}")
@@ -138,13 +138,18 @@ def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Itera
         scores = read_manifest(workspace, stage["folder"])
         _check_same_scores(target, scores)
         row = _find_row(workspace, scores, row_id)
+        if "reason" in row:
+            yield f"target {target.name}: row {row['row_id']} was rejected: {row['reason']}: {row['detail']}"
+            continue
         yield f"target {target.name}: row {row['row_id']} of source {row['source']}, {row['num_tokens']} tokens"
         yield from _conversation_lines(workspace, scores, row)
         yield f"  score {row['score']:+.5f}, rank {row['rank']:,} of {scores.counts['scored']:,}"
         for subtask in scores.facts["subtasks"]:
             yield f"  subtask {subtask}: {row[f'subtask_{subtask}']:+.5f}"
         if "method" in scores.facts:
-            yield f"  scored by {target.method}, which keeps no influence of single pairs"
+            pairs = {name: value for name, value in row.items() if name.startswith("pair_")}
+            yield f"  scored by {target.method}" + ("" if pairs else ", which keeps no influence of single pairs")
+            yield from (f"  pair {name.removeprefix('pair_')}: {value:+.5f}" for name, value in pairs.items())
         else:
             if target.gist is not None:
                 yield "  gist compares inside the span of the pairs; influences, as rose takes them:"
@@ -184,15 +189,16 @@ def _check_same(target: TargetConfig, scores: Manifest, names: Sequence[str]) ->
 
 
 def _find_row(workspace: Workspace, scores: Manifest, row_id: str) -> dict[str, Any]:
-    record = scores.file("scores.parquet")
-    found = _rows_that_begin(workspace.open_table(record.path, record), row_id)
-    if found.num_rows != 1:
-        what = "no scored row begins" if not found.num_rows else f"{found.num_rows:,} scored rows begin"
-        raise DataError(
-            f"{what} with {row_id!r}. Row ids stand in {record.path}; rejected rows in rejected.parquet beside it."
-        )
-    row: dict[str, Any] = found.to_pylist()[0]
-    return row
+    """The row's columns: of the score table, or, where it was rejected, of the table of rejected rows."""
+    records = [scores.file(name) for name in ("scores.parquet", "rejected.parquet")]
+    scored, rejected = (_rows_that_begin(workspace.open_table(each.path, each), row_id) for each in records)
+    if scored.num_rows + rejected.num_rows != 1:
+        what = f"{scored.num_rows:,} scored and {rejected.num_rows:,} rejected rows begin"
+        if not scored.num_rows + rejected.num_rows:
+            what = "no scored or rejected row begins"
+        raise DataError(f"{what} with {row_id!r}. Row ids stand in {records[0].path} and rejected.parquet beside it.")
+    rows: list[dict[str, Any]] = [*scored.to_pylist(), *rejected.to_pylist()]
+    return rows[0]
 
 
 def _rows_that_begin(scores: pq.ParquetFile, row_id: str) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.config.task import TaskInput
 from rose_ray.data.conversation import Message
-from rose_ray.data.preferences import PreferencePair, check_pairs, read_pairs, take_shots
+from rose_ray.data.preferences import PreferencePair, Shot, check_pairs, read_pairs, shots_of_pairs, take_shots
 from rose_ray.data.tasks.pairs import TaskPair, read_questions, read_task_pairs
 from rose_ray.data.tasks.rows import TaskSpec
 from rose_ray.data.tasks.samples import read_samples
@@ -27,10 +27,15 @@ def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[Pre
         DataError: A file cannot be read.
         PairError: Pairs that cannot be used, or too few of them.
     """
+    return read_target_shots(target, checked=checked)[0]
+
+
+def read_target_shots(target: TargetConfig, *, checked: bool = True) -> tuple[list[PreferencePair], list[Shot]]:
+    """Return what `read_target_pairs` does, and the shot that each pair is part of."""
     if not target.pairs:
-        return []
+        return [], []
     pairs: list[PreferencePair] = []
-    shots: dict[str, str] = {}
+    row_of: dict[str, str] = {}
     for entry in target.pairs:
         if entry.task is None:
             pairs += read_pairs(
@@ -45,10 +50,11 @@ def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[Pre
             continue
         for made in _task_pairs(entry, entry.task, target.name):
             pairs.append(made.pair)
-            shots[made.pair.pair_id] = made.shot
+            row_of[made.pair.pair_id] = made.shot
     if checked:
         check_pairs(pairs, target=target.name)
-    return take_shots(pairs, target.shots, target=target.name, shot_of=shots)
+    taken = take_shots(pairs, target.shots, target=target.name, row_of=row_of)
+    return taken, shots_of_pairs(taken, row_of)
 
 
 def _task_pairs(entry: PairInput, task: TaskInput, target: str) -> list[TaskPair]:

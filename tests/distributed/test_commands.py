@@ -120,7 +120,9 @@ def test_explain_refuses_another_objective_than_was_run(config_file: Path) -> No
     assert result.exit_code == 1 and result.stderr.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize(("row_id", "message"), [("", "69 scored rows begin"), ("zz", "no scored row begins")])
+@pytest.mark.parametrize(
+    ("row_id", "message"), [("", "69 scored and 1 rejected rows begin"), ("zz", "no scored or rejected row begins")]
+)
 def test_explain_needs_one_row(config_file: Path, row_id: str, message: str) -> None:
     result = CliRunner().invoke(app, ["explain", str(config_file), row_id])
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr

@@ -104,7 +104,7 @@ def test_steps_change_margins_as_exact_features_foretell(config_file: Path, copi
     assert report["norms_agree"] < 1e-5  # float32 sums in another order
     for checkpoint in report["checkpoints"]:
         assert checkpoint["slope"]["pearson"] > 0.99
-        assert checkpoint["linear"]["pearson"] > 0.9
+        assert checkpoint["own_step"]["linear"]["pearson"] > 0.9
     assert digests(copied) == before
 
 

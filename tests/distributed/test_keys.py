@@ -86,6 +86,8 @@ def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
         "gradients.stored_dtype=float16",
         "gradients.projection.deflate=false",
         "gradients.max_batch_tokens=100",
+        "gradients.kernel=triton",
+        "gradients.packing=true",
         "model.quantized=nf4",
         "ray.actors=3",
         "ray.threads_per_actor=2",

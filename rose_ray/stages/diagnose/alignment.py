@@ -16,7 +16,7 @@ from rose_ray.errors import ConfigError, PairError, SpaceMismatchError
 from rose_ray.kernels.alignment import cosines_between_halves, cosines_with_sums, half_weights, resampled_weights
 from rose_ray.kernels.pair_terms import pair_terms
 from rose_ray.stages.diagnose.findings import listed
-from rose_ray.stages.diagnose.stored import StoredBank
+from rose_ray.stages.diagnose.stored import StoredBank, check_gradients
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -84,9 +84,10 @@ def held_out_target(config: JobConfig, target: TargetConfig, held_out: Sequence[
         num: Take the first so many of every subtask; all where None.
 
     Raises:
-        ConfigError: The target is scored exactly, so that held-out pairs would live in a space of their own; or its
-            inputs are read in several ways, and ``FILES`` does not say which is meant.
+        ConfigError: The target's method takes no gradients; or it is scored exactly, so that held-out pairs would live
+            in a space of their own; or its inputs are read in several ways, and ``FILES`` does not say which is meant.
     """
+    check_gradients(target)
     if config.is_exact(target):
         raise ConfigError(
             f"target {target.name}: exact targets have a basis of their own pairs, in which held-out pairs cannot be "

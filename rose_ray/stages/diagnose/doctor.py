@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from rose_ray.config.job import JobConfig
+from rose_ray.config.target import TargetConfig
+from rose_ray.data.contamination import KnownTestText
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import PairError
 from rose_ray.stages.diagnose.findings import Finding, TargetReport
 from rose_ray.stages.diagnose.overlap import (
-    EvaluationTexts,
     PoolOverlap,
-    pair_passages,
+    pair_texts,
     pairs_in_tests,
     pool_findings,
     pool_overlaps,
@@ -31,7 +32,7 @@ def examine(
     workspace: Workspace | None,
     config: JobConfig,
     pairs: Mapping[str, Sequence[PreferencePair] | PairError],
-    tests: EvaluationTexts | None,
+    tests: KnownTestText | None,
     limits: TextLimits,
 ) -> Iterator[TargetReport]:
     """Yield a report for each target.
@@ -52,8 +53,8 @@ def examine(
     overlaps: dict[str, PoolOverlap] = {}
     with_tests: PoolOverlap | None = None
     if workspace is not None and pool is not None:
-        wanted = [pair_passages(each) for each in readable.values()]
-        *found, last = pool_overlaps(workspace, pool, [*wanted, *([tests.passages] if tests else [pair_passages([])])])
+        wanted = [pair_texts(each) for each in readable.values()]
+        *found, last = pool_overlaps(workspace, pool, [*wanted, tests or KnownTestText()])
         overlaps = dict(zip(readable, found, strict=True))
         with_tests = last if tests else None
     for target in config.targets:
@@ -62,28 +63,28 @@ def examine(
             finding = Finding("unreadable", "error", str(own), "Mend the files; nothing else was looked at.")
             yield TargetReport(target.name, {}, None, (finding,))
             continue
-        bank = find_bank(workspace, config, target, own) if workspace else "no workspace yet: `rose-ray bank CONFIG`"
+        bank = find_bank(workspace, config, target, own)
         yield TargetReport(
             target.name,
             dict(Counter(pair.subtask for pair in own)),
             None if isinstance(bank, str) else bank.manifest.folder,
-            tuple(_findings(own, bank, pool, overlaps.get(target.name), tests, with_tests, limits)),
-            tuple(_untold(bank, pool, tests)),
+            tuple(_findings(target, own, bank, pool, overlaps.get(target.name), tests, with_tests, limits)),
+            tuple(_untold(target, bank, pool, tests)),
         )
 
 
 def _findings(
+    target: TargetConfig,
     pairs: Sequence[PreferencePair],
     bank: StoredBank | str,
     pool: Manifest | None,
     overlap: PoolOverlap | None,
-    tests: EvaluationTexts | None,
+    tests: KnownTestText | None,
     with_tests: PoolOverlap | None,
     limits: TextLimits,
 ) -> Iterator[Finding]:
-    if not pairs:
+    if not pairs and target.pairs:
         yield Finding("no_pairs", "error", "there are no pairs", "Check the target's files.")
-        return
     has_bank = isinstance(bank, StoredBank)
     # A bank knows lengths in tokens, which are what counts.
     yield from (each for each in text_findings(pairs, limits) if not (has_bank and each.check == "lengths"))
@@ -95,8 +96,12 @@ def _findings(
         yield from pool_findings(pool, overlap, with_tests)
 
 
-def _untold(bank: StoredBank | str, pool: Manifest | None, tests: EvaluationTexts | None) -> Iterator[str]:
-    if isinstance(bank, str):
+def _untold(
+    target: TargetConfig, bank: StoredBank | str, pool: Manifest | None, tests: KnownTestText | None
+) -> Iterator[str]:
+    if not target.pairs:
+        yield f"anything about pairs: method {target.method} was given none"
+    elif isinstance(bank, str):
         yield f"{TOLD_BY_A_BANK}: {bank}"
     else:
         yield from untold_by(bank)

@@ -68,7 +68,8 @@ def report_lines(report: TargetReport) -> Iterator[str]:
     shown = list(report.subtasks.items())[:NUM_SHOWN]
     subtasks = ", ".join(f"{name} {count}" for name, count in shown)
     more = f" and {len(report.subtasks) - len(shown)} more" if len(report.subtasks) > len(shown) else ""
-    yield f"target {report.target}: {num_pairs} pairs ({subtasks}{more}), bank {report.bank or 'none'}"
+    named = f" ({subtasks}{more})" if shown else ""
+    yield f"target {report.target}: {num_pairs} pairs{named}, bank {report.bank or 'none'}"
     for finding in report.findings:
         ids = f": {listed(finding.ids)}" if finding.ids else ""
         yield f"  {finding.severity:<8} {finding.check}: {finding.message}{ids}"

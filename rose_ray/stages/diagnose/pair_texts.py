@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.data.text_overlap import similarity
+from rose_ray.data.similarity import similarity
 from rose_ray.data.words import words
 from rose_ray.kernels.sign_test import sign_test
 from rose_ray.stages.diagnose.findings import Finding, Severity

@@ -8,15 +8,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.digests import row_id_words
-from rose_ray.errors import NonFiniteError, StoreError
+from rose_ray.errors import ConfigError, NonFiniteError, StoreError
 from rose_ray.kernels.aggregation import aggregate_scores
 from rose_ray.kernels.budget import Budget, SourceRules, budget_count
 from rose_ray.kernels.correlation import doubled_ranks, rank_correlation
@@ -62,9 +63,17 @@ class PoolScores:
         atoms: Of the target.
         target: Aggregation and selection.
         num_pool_rows: Unique rows of the pool, of which a fraction is taken.
+
+    Raises:
+        ConfigError: The method's scores are no sums over pairs.
     """
 
     def __init__(self, atoms: PairAtoms, target: TargetConfig, num_pool_rows: int) -> None:
+        if target.gist is not None:
+            raise ConfigError(
+                f"target {target.name}: method gist compares rows inside the span of all pairs, so what fewer pairs "
+                "would score is no sum of stored influences. Take a target of method rose or less."
+            )
         self.atoms, self.target, self._num_pool_rows = atoms, target, num_pool_rows
         self._file = tempfile.TemporaryFile(prefix="rose-ray-")  # noqa: SIM115 - closed by `close`
         self._ids: list[np.ndarray] = []
@@ -119,12 +128,29 @@ class PoolScores:
         flipped_V = np.zeros(self.atoms.num_pairs, bool) if flipped_V is None else flipped_V
         subtasks_NT = self._subtask_scores(self.atoms.columns(drawn_V, flipped_V))
         scores_N = aggregate_scores(subtasks_NT, self.target.aggregation).astype(np.float32)
-        return Scored(doubled_ranks(scores_N), self._choose(scores_N, subtasks_NT))
+        turns = self._turns(scores_N, subtasks_NT, drawn_V, flipped_V)
+        return Scored(doubled_ranks(scores_N), self._choose(turns))
+
+    def _turns(
+        self, scores_N: np.ndarray, subtasks_NT: np.ndarray, drawn_V: np.ndarray, flipped_V: np.ndarray
+    ) -> list[_Column]:
+        """The columns that the selection's method chooses from, as `rose_ray.stages.candidates` has them."""
+        method = self.target.selection.method
+        if method == "top_k":
+            return [lambda: scores_N]
+        if method != "round_robin_pairs":
+            return [partial(_column, subtasks_NT, number) for number in range(subtasks_NT.shape[1])]
+        signed = self.atoms.signed_atoms(drawn_V, flipped_V)
+        return [partial(_column, self._influences(), atom, sign) for atom, sign in signed]
+
+    def _influences(self) -> np.ndarray:
+        """Influences [N, K], float32, on the disk."""
+        shape = (self.num_rows, self.atoms.num_atoms)
+        return np.memmap(self._file, dtype=np.float32, mode="r", shape=shape)
 
     def _subtask_scores(self, columns_KT: np.ndarray) -> np.ndarray:
         """Subtask scores [N, T], float32 as in a score table."""
-        shape = (self.num_rows, self.atoms.num_atoms)
-        influences_NK = np.memmap(self._file, dtype=np.float32, mode="r", shape=shape)
+        influences_NK = self._influences()
         scores_NT = np.empty((self.num_rows, columns_KT.shape[1]), dtype=np.float32)
         used_K = np.flatnonzero(columns_KT.any(axis=1))
         for start in range(0, self.num_rows, ROW_BLOCK):
@@ -133,9 +159,16 @@ class PoolScores:
         return scores_NT
 
 
+_Column = Callable[[], np.ndarray]
+
+
+def _column(scores_NU: np.ndarray, number: int, sign: float = 1.0) -> np.ndarray:
+    return np.asarray(sign * scores_NU[:, number])
+
+
 def _chooser(
     target: TargetConfig, ids_N2: np.ndarray, tokens_N: np.ndarray, sources: Sources, num_pool_rows: int
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+) -> Callable[[list[_Column]], np.ndarray]:
     selection = target.selection
     kind, amount = selection.budget
     rows = budget_count(Budget(fraction=amount), num_pool_rows) if kind == "fraction" else int(amount)
@@ -146,14 +179,14 @@ def _chooser(
         max_share=selection.source_quotas,
     )
 
-    def choose(scores_N: np.ndarray, subtasks_NT: np.ndarray) -> np.ndarray:
-        columns: list[Any] = list(subtasks_NT.T) if selection.method == "round_robin" else [scores_N]
+    def choose(turns: list[_Column]) -> np.ndarray:
         return choose_rows(
-            ScoreColumns(len(scores_N), len(columns), columns.__getitem__, ids_N2.__getitem__),
+            ScoreColumns(len(ids_N2), len(turns), lambda number: turns[number](), ids_N2.__getitem__),
             budget,
             num_tokens_N=tokens_N if kind == "tokens" else None,
             sources=sources if rules.named() else None,
             rules=rules,
+            equal_parts=selection.method == "equal_parts",
         )
 
     return choose

@@ -55,15 +55,16 @@ class MeasuredSteps:
         norms_N: Length of each row's direction Gamma.
         slopes_NV2: Change of the chosen and of the rejected log-probability per unit of step length along minus Gamma,
             nats, by central difference over the short step.
-        changes_NV2: Their change over the checkpoint's own step, its mean learning rate times minus Gamma, nats.
-        learning_rate: That rate.
+        changes_NV2: Their change over the checkpoint's own step, its mean learning rate times minus Gamma, nats; None
+            where it has no such step.
+        learning_rate: That rate; None where the adapter came without a state of its optimizer.
         step_length: Of the short step.
     """
 
     norms_N: np.ndarray
     slopes_NV2: np.ndarray
-    changes_NV2: np.ndarray
-    learning_rate: float
+    changes_NV2: np.ndarray | None
+    learning_rate: float | None
     step_length: float
 
 
@@ -93,7 +94,7 @@ def measured_steps(
     length = float(torch.sqrt(sum((t.double().square().sum() for t in checkpoint.adapter.values()), torch.tensor(0.0))))
     if not length:
         raise ModelError(f"{checkpoint.name}: its weights are all zero, so a short step has no scale.")
-    step, rate = settings.share * length, checkpoint.state.mean_learning_rate if checkpoint.state else 0.0
+    step, rate = settings.share * length, checkpoint.state.mean_learning_rate if checkpoint.state else None
     logps = _logps_of(model, pairs, settings.max_batch_tokens)
     before_V2 = logps()
     norms, slopes, changes = [], [], []
@@ -108,12 +109,13 @@ def measured_steps(
         if not np.isfinite(norm) or not norm:
             raise NonFiniteError(f"row {number}: its direction at {checkpoint.name} has length {norm}; leave it out.")
         slopes.append((moved(-step / norm) - moved(step / norm)) / (2 * step))
-        changes.append(moved(-rate) - before_V2)
+        if rate is not None:
+            changes.append(moved(-rate) - before_V2)
         norms.append(norm)
         model.load_adapter(checkpoint.adapter)
-        if not (np.isfinite(slopes[-1]).all() and np.isfinite(changes[-1]).all()):
+        if not np.isfinite([slopes[-1], *changes[-1:]]).all():
             raise NonFiniteError(f"row {number}: log-probabilities at {checkpoint.name} are not finite after the step.")
-    return MeasuredSteps(np.array(norms), np.stack(slopes), np.stack(changes), rate, step)
+    return MeasuredSteps(np.array(norms), np.stack(slopes), np.stack(changes) if changes else None, rate, step)
 
 
 def _direction(
@@ -170,13 +172,10 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class CheckpointFit:
-    """One checkpoint.
+class OwnStep:
+    """What was foretold and measured over a checkpoint's own step.
 
     Attributes:
-        checkpoint: Its name.
-        slope: Influences against measured slopes per unit of step and of the pair's direction.
-        largest_error: Largest difference of the two; both are cosines, so 2 would be the most.
         linear: Measured slope times the step's length against the change over the checkpoint's own step: low where that
             step is too long for a first-order forecast. Low ``slope`` alone is noise of projection and stored type.
         step: Foretold against measured change over the checkpoint's own step, of what the objective asks for.
@@ -185,15 +184,29 @@ class CheckpointFit:
         raised: Share of rows and pairs, of those foretold to raise it, whose margin rose.
     """
 
-    checkpoint: str
-    slope: Fit
-    largest_error: float
     linear: Fit
     step: Fit
     margin: Fit
     mean_foretold: float
     mean_change: float
     raised: float | None
+
+
+@dataclass(frozen=True)
+class CheckpointFit:
+    """One checkpoint.
+
+    Attributes:
+        checkpoint: Its name.
+        slope: Influences against measured slopes per unit of step and of the pair's direction.
+        largest_error: Largest difference of the two; both are cosines, so 2 would be the most.
+        own_step: None where the checkpoint has no learning rate.
+    """
+
+    checkpoint: str
+    slope: Fit
+    largest_error: float
+    own_step: OwnStep | None
 
 
 @dataclass(frozen=True)
@@ -250,23 +263,18 @@ def compare_steps(
         vectors_VD, lengths_V = own.vectors_UD[list(places)], own.exact_norms_U[list(places)]
         influences_NV = features_ND.astype(np.float64) @ vectors_VD.T
         slopes_NV = _asked(objective, pairs, places, steps.slopes_NV2) / lengths_V
-        foretold_NV = steps.learning_rate * norms_N[:, None] * lengths_V * influences_NV
-        changes_NV = _asked(objective, pairs, places, steps.changes_NV2)
-        straight_NV = steps.learning_rate * norms_N[:, None] * lengths_V * slopes_NV
-        margins_NV = steps.changes_NV2[..., 0] - steps.changes_NV2[..., 1]
-        hopeful = foretold_NV > 0
         disagreement = max(disagreement, float(np.abs(steps.norms_N / norms_N - 1).max()))
         fits.append(
             CheckpointFit(
                 name,
                 _fit(influences_NV, slopes_NV),
                 float(np.abs(influences_NV - slopes_NV).max()),
-                _fit(straight_NV, changes_NV),
-                _fit(foretold_NV, changes_NV),
-                _fit(foretold_NV, margins_NV),
-                float(foretold_NV.mean()),
-                float(changes_NV.mean()),
-                float((margins_NV[hopeful] > 0).mean()) if hopeful.any() else None,
+                _own_step(
+                    steps,
+                    None if steps.changes_NV2 is None else _asked(objective, pairs, places, steps.changes_NV2),
+                    norms_N[:, None] * lengths_V * influences_NV,
+                    norms_N[:, None] * lengths_V * slopes_NV,
+                ),
             )
         )
     ids = tuple(bank.pairs[0].pair_ids[place] for place in places)
@@ -280,6 +288,31 @@ def _asked(objective: Any, pairs: PairGradients, places: Sequence[int], values_N
     scales_w_V, scales_l_V = (scales[list(places)] for scales in side_scales(objective, pairs))
     asked_NV: np.ndarray = scales_w_V * values_NV2[..., 0] - scales_l_V * values_NV2[..., 1]
     return asked_NV
+
+
+def _own_step(
+    steps: MeasuredSteps, changes_NV: np.ndarray | None, forecast_NV: np.ndarray, straight_NV: np.ndarray
+) -> OwnStep | None:
+    """Compare over a checkpoint's own step.
+
+    Args:
+        steps: Of the checkpoint.
+        changes_NV: Measured over it, of what the objective asks for.
+        forecast_NV, straight_NV: By influence and by measured slope, per unit of learning rate.
+    """
+    if changes_NV is None or steps.changes_NV2 is None or steps.learning_rate is None:
+        return None
+    foretold_NV = steps.learning_rate * forecast_NV
+    margins_NV = steps.changes_NV2[..., 0] - steps.changes_NV2[..., 1]
+    hopeful = foretold_NV > 0
+    return OwnStep(
+        _fit(steps.learning_rate * straight_NV, changes_NV),
+        _fit(foretold_NV, changes_NV),
+        _fit(foretold_NV, margins_NV),
+        float(foretold_NV.mean()),
+        float(changes_NV.mean()),
+        float((margins_NV[hopeful] > 0).mean()) if hopeful.any() else None,
+    )
 
 
 def _fit(foretold_NV: np.ndarray, measured_NV: np.ndarray) -> Fit:
@@ -299,16 +332,19 @@ def reward_step_lines(report: RewardStepReport) -> Iterator[str]:
         f"{'forecast of it':>15} {'of the margin':>15}"
     )
     for each in report.checkpoints:
-        yield (
-            f"  {each.checkpoint:<14} {_shown(each.slope):>18} {each.largest_error:>14.4f} {_shown(each.linear):>16} "
-            f"{_shown(each.step):>15} {_shown(each.margin):>15}"
-        )
+        line = f"  {each.checkpoint:<14} {_shown(each.slope):>18} {each.largest_error:>14.4f}"
+        if own := each.own_step:
+            line += f" {_shown(own.linear):>16} {_shown(own.step):>15} {_shown(own.margin):>15}"
+        yield line
     for each in report.checkpoints:
-        raised = "" if each.raised is None else f"; the margin rose in {each.raised:.0%} of the cases where it should"
-        yield (
-            f"  {each.checkpoint}: mean change over its own step {each.mean_change:+.3g}, foretold "
-            f"{each.mean_foretold:+.3g}{raised}"
-        )
+        yield f"  {each.checkpoint}: {_told(each.own_step)}"
+
+
+def _told(own: OwnStep | None) -> str:
+    if own is None:
+        return "no step of its own, for the adapter came without a learning rate; import one with its optimizer's state"
+    raised = "" if own.raised is None else f"; the margin rose in {own.raised:.0%} of the cases where it should"
+    return f"mean change over its own step {own.mean_change:+.3g}, foretold {own.mean_foretold:+.3g}{raised}"
 
 
 def _shown(fit: Fit) -> str:

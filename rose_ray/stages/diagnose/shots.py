@@ -1,6 +1,7 @@
-"""How many pairs it takes until the selection no longer hangs on which ones they are.
+"""How many shots it takes until the selection no longer hangs on which ones they are.
 
-All of it is arithmetic on stored vectors: no model, no gradient.
+A shot is a pair, or all pairs of a labelled row: those share prompt and chosen side, so they are drawn, left out and
+flipped together. All of it is arithmetic on stored vectors: no model, no gradient.
 
 Shapes: V pairs.
 """
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from rose_ray.config.selection import SelectionConfig
+from rose_ray.data.preferences import Shot
 from rose_ray.errors import NumericsError
-from rose_ray.kernels.pair_draws import two_subsets
+from rose_ray.kernels.pair_draws import numbered, two_subsets
 from rose_ray.stages.diagnose.findings import listed
 from rose_ray.stages.diagnose.pool_scores import PoolScores, Scored
 
 FLIPPED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-"""Shares of labels that the flip curve turns round, each to the nearest whole pair."""
+"""Shares of labels that the flip curve turns round, each to the nearest whole shot."""
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -61,14 +64,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class ShotPoint:
-    """Agreement at one number of pairs a subtask.
+    """Agreement at one number of shots a subtask.
 
     Attributes:
-        num_shots: Pairs of every subtask; all where it has fewer.
+        num_shots: Of every subtask; all where it has fewer.
         jaccard, spearman: With the selection, and the scores, of all pairs. Draws share pairs with the whole, the more
             the larger they are, so this comes near 1 of itself.
-        apart_jaccard, apart_spearman: Between two draws without a pair in common: what another set of as many pairs
-            would give. None where a subtask has too few pairs for two.
+        apart_jaccard, apart_spearman: Between two draws without a shot in common: what another set of as many would
+            give. None where a subtask has too few for two.
     """
 
     num_shots: int
@@ -80,17 +83,31 @@ class ShotPoint:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Agreement with the selection of all pairs once one is left out."""
+    """Agreement with the selection of all pairs once one shot is left out.
 
-    pair_id: str
+    Attributes:
+        name: Id of the pair, or of the labelled row.
+        subtask: Its.
+        num_pairs: Of the shot.
+        jaccard, spearman: With the selection, and the scores, of all pairs.
+    """
+
+    name: str
     subtask: str
+    num_pairs: int
     jaccard: float
     spearman: float | None
 
 
 @dataclass(frozen=True)
 class FlipPoint:
-    """Agreement once some labels are flipped, with the selection and scores of the labels as they are."""
+    """Agreement once some labels are flipped, with the selection and scores of the labels as they are.
+
+    Attributes:
+        share: Of the shots, flipped.
+        num_flipped: Shots flipped, all pairs of each.
+        jaccard, spearman: With the selection, and the scores, of the labels as they are.
+    """
 
     share: float
     num_flipped: int
@@ -104,21 +121,24 @@ class ShotsReport:
 
     Attributes:
         target, objective: As configured.
-        subtasks: Pairs of each.
+        subtasks: Shots of each.
+        num_pairs: Of all shots.
         num_rows, num_selected: Scored rows, and selected ones with all pairs.
         settings: Of the draws.
         curve: By number of shots.
         stable_shots: The smallest number of shots from which on every point's lower end of ``jaccard`` reaches the
             threshold; None where there is none below all pairs.
-        left_out: The pair that changes the selection most comes first.
-        alone: Pairs that are their subtask's only one, and cannot be left out.
+        left_out: The shot that changes the selection most comes first.
+        alone: Shots that are their subtask's only one, and cannot be left out.
         flips: By share.
         skipped_draws: Draws whose pairs cancel each other.
+        not_applied: Keys of the target's ``selection`` that need the rows' texts, and were left aside.
     """
 
     target: str
     objective: str
     subtasks: dict[str, int]
+    num_pairs: int
     num_rows: int
     num_selected: int
     settings: DrawSettings
@@ -128,44 +148,49 @@ class ShotsReport:
     alone: tuple[str, ...]
     flips: tuple[FlipPoint, ...]
     skipped_draws: int
+    not_applied: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The same for a file."""
         return asdict(self)
 
 
-def shots_report(
-    scores: PoolScores, pair_ids: Sequence[str], subtasks: Sequence[str], settings: DrawSettings
-) -> ShotsReport:
-    """Draw pairs again and again, and compare what they select with what all pairs select.
+def shots_report(scores: PoolScores, shots: Sequence[Shot], settings: DrawSettings) -> ShotsReport:
+    """Draw shots again and again, and compare what they select with what all pairs select.
 
     Args:
         scores: Of the pool, read.
-        pair_ids, subtasks: Of the pairs, in the bank's order.
+        shots: Of each pair, in the bank's order.
         settings: Draws, threshold, seed.
 
     Raises:
         NumericsError: The direction of all pairs is zero in a subtask.
         ConfigError: The selection asks for more rows than it may choose from.
     """
-    runner = _Runner(scores, list(subtasks), settings)
+    runner = _Runner(scores, shots, settings)
     curve = tuple(runner.curve())
-    left_out = sorted(runner.left_out(pair_ids), key=lambda each: (each.jaccard, each.pair_id))
-    counts = Counter(subtasks)
+    left_out = sorted(runner.left_out(), key=lambda each: (each.jaccard, each.name))
+    counts = runner.counts
     return ShotsReport(
         target=scores.target.name,
         objective=scores.target.objective,
         subtasks=dict(counts),
+        num_pairs=len(shots),
         num_rows=scores.num_rows,
         num_selected=len(runner.whole.chosen),
         settings=settings,
         curve=curve,
         stable_shots=stable_shots(curve, settings.threshold),
         left_out=tuple(left_out),
-        alone=tuple(i for i, name in zip(pair_ids, subtasks, strict=True) if counts[name] == 1),
+        alone=tuple(shot.name for shot in runner.names if counts[shot.subtask] == 1),
         flips=tuple(runner.flips()),
         skipped_draws=runner.num_skipped,
+        not_applied=tuple(_of_texts(scores.target.selection)),
     )
+
+
+def _of_texts(selection: SelectionConfig) -> Iterator[str]:
+    return (name for name in ("near_duplicates", "decontaminate") if getattr(selection, name) is not None)
 
 
 def stable_shots(curve: Sequence[ShotPoint], threshold: float) -> int | None:
@@ -188,11 +213,14 @@ def shot_numbers(most: int) -> list[int]:
 
 
 class _Runner:
-    def __init__(self, scores: PoolScores, subtasks: list[str], settings: DrawSettings) -> None:
-        self.scores, self.subtasks, self.settings = scores, subtasks, settings
+    def __init__(self, scores: PoolScores, shots: Sequence[Shot], settings: DrawSettings) -> None:
+        self.scores, self.shots, self.settings = scores, shots, settings
+        self.subtasks = [shot.subtask for shot in shots]
+        self.names, self.numbers_V = list(dict.fromkeys(shots)), numbered(shots)
+        self.counts = Counter(shot.subtask for shot in self.names)
         self.random = np.random.default_rng(settings.seed)
         self.num_skipped = 0
-        self.all_V = np.ones(len(subtasks), dtype=bool)
+        self.all_V = np.ones(len(shots), dtype=bool)
         self.whole = scores.scored(self.all_V)
 
     def _scored(self, drawn_V: np.ndarray, flipped_V: np.ndarray | None = None) -> Scored | None:
@@ -203,11 +231,11 @@ class _Runner:
             return None
 
     def curve(self) -> Iterator[ShotPoint]:
-        counts = Counter(self.subtasks)
+        counts = self.counts
         for number in shot_numbers(max(counts.values())):
             with_whole, apart = [], []
             for _ in range(self.settings.num_draws):
-                first_V, second_V = two_subsets(self.subtasks, number, self.random)
+                first_V, second_V = two_subsets(self.subtasks, self.shots, number, self.random)
                 first = self._scored(first_V)
                 if first is None:
                     continue
@@ -218,23 +246,22 @@ class _Runner:
             if jaccard is not None:
                 yield ShotPoint(number, jaccard, spearman, *_spreads(apart))
 
-    def left_out(self, pair_ids: Sequence[str]) -> Iterator[LeftOut]:
-        counts = Counter(self.subtasks)
-        for place, (pair_id, subtask) in enumerate(zip(pair_ids, self.subtasks, strict=True)):
-            rest_V = self.all_V.copy()
-            rest_V[place] = False
-            if counts[subtask] == 1 or (found := self._scored(rest_V)) is None:
+    def left_out(self) -> Iterator[LeftOut]:
+        for number, shot in enumerate(self.names):
+            rest_V = self.numbers_V != number
+            if self.counts[shot.subtask] == 1 or (found := self._scored(rest_V)) is None:
                 continue
             jaccard, spearman = found.agreement(self.whole)
-            yield LeftOut(pair_id, subtask, jaccard, spearman if np.isfinite(spearman) else None)
+            num_pairs = int((~rest_V).sum())
+            known = spearman if np.isfinite(spearman) else None
+            yield LeftOut(shot.name, shot.subtask, num_pairs, jaccard, known)
 
     def flips(self) -> Iterator[FlipPoint]:
-        total = len(self.subtasks)
+        total = len(self.names)
         for number in sorted({round(share * total) for share in FLIPPED}):
             found = []
             for _ in range(self.settings.num_draws if number else 1):
-                flipped_V = np.zeros(total, dtype=bool)
-                flipped_V[self.random.choice(total, number, replace=False)] = True
+                flipped_V = np.isin(self.numbers_V, self.random.choice(total, number, replace=False))
                 if (scored := self._scored(self.all_V, flipped_V)) is not None:
                     found.append(scored.agreement(self.whole))
             jaccard, spearman = _spreads(found)
@@ -249,12 +276,17 @@ def _spreads(agreements: Sequence[tuple[float, float]]) -> tuple[Spread | None, 
 def shots_lines(report: ShotsReport) -> Iterator[str]:
     """Tell a report to people."""
     settings = report.settings
+    num_shots = sum(report.subtasks.values())
+    drawn = "" if num_shots == report.num_pairs else f" ({num_shots} shots: pairs of a labelled row stay together)"
     yield (
-        f"target {report.target}: {sum(report.subtasks.values())} pairs in {len(report.subtasks)} subtasks, "
+        f"target {report.target}: {report.num_pairs} pairs{drawn} in {len(report.subtasks)} subtasks, "
         f"{report.num_selected:,} of {report.num_rows:,} rows selected, objective {report.objective}"
     )
+    if report.not_applied:
+        keys = " and ".join(f"selection.{name}" for name in report.not_applied)
+        yield f"{keys} left aside: no row is passed over for its text here, so a run selects other rows"
     yield f"mean [{LEVEL:.0%} of {settings.num_draws} draws] of the selection's Jaccard index and the scores' Spearman"
-    yield f"  {'shots':>5}  {'Jaccard with all':<19}  {'Spearman':<20}  {'Jaccard, other pairs':<20}  {'Spearman':<20}"
+    yield f"  {'shots':>5}  {'Jaccard with all':<19}  {'Spearman':<20}  {'Jaccard, other shots':<20}  {'Spearman':<20}"
     for point in report.curve:
         yield (
             f"  {point.num_shots:>5}  {_shown(point.jaccard):<19}  {_shown(point.spearman):<20}  "
@@ -262,22 +294,22 @@ def shots_lines(report: ShotsReport) -> Iterator[str]:
         ).rstrip()
     most = max(report.subtasks.values())
     if not report.curve:
-        yield "  no number of shots to compare: every subtask has one pair"
+        yield "  no number of shots to compare: every subtask has one shot"
     elif report.stable_shots is None:
-        yield f"not stable below all {most} shots: a lower end of {settings.threshold:g} is not reached. Add pairs."
+        yield f"not stable below all {most} shots: a lower end of {settings.threshold:g} is not reached. Add some."
     else:
         yield f"stable from {report.stable_shots} shots of {most} on: from there every lower end is at least " + (
             f"{settings.threshold:g}"
         )
     if report.left_out:
-        yield "one pair left out, those that matter most:"
+        yield "one shot left out, those that matter most:"
         for each in report.left_out[:5]:
-            yield f"  {each.pair_id} ({each.subtask}): Jaccard {each.jaccard:.3f}, Spearman {_number(each.spearman)}"
+            yield f"  {each.name} ({each.subtask}): Jaccard {each.jaccard:.3f}, Spearman {_number(each.spearman)}"
     if report.alone:
-        yield f"not left out, since each is its subtask's only pair: {listed(report.alone)}"
+        yield f"not left out, since each is its subtask's only shot: {listed(report.alone)}"
     yield "labels flipped at random:"
     for flip in report.flips:
-        yield f"  {flip.share:>4.0%} ({flip.num_flipped} pairs): Jaccard {_shown(flip.jaccard)}, Spearman " + (
+        yield f"  {flip.share:>4.0%} ({flip.num_flipped} shots): Jaccard {_shown(flip.jaccard)}, Spearman " + (
             _shown(flip.spearman)
         )
     if report.skipped_draws:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from rose_ray.config.job import JobConfig
+from rose_ray.config.method import GRADIENT_METHODS
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import ConfigError, StoreError
@@ -78,13 +79,23 @@ def target_named(config: JobConfig, name: str) -> TargetConfig:
 
 
 def find_bank(
-    workspace: Workspace, config: JobConfig, target: TargetConfig, pairs: Sequence[PreferencePair]
+    workspace: Workspace | None, config: JobConfig, target: TargetConfig, pairs: Sequence[PreferencePair]
 ) -> StoredBank | str:
     """Return the newest bank of a target if it is of these pairs and settings, else the reason why there is none.
+
+    Args:
+        workspace: None where none was made yet.
+        config: Of the job.
+        target: One of its targets.
+        pairs: The target's.
 
     Raises:
         AlteredFileError: A file differs from its manifest.
     """
+    if not target.uses_gradients:
+        return f"method {target.method} takes no gradients: no bank"
+    if workspace is None:
+        return "no workspace yet: `rose-ray bank CONFIG`"
     advice = "`rose-ray bank CONFIG` makes one"
     stage = last_stage(workspace, f"bank {target.name}")
     manifest = find_manifest(workspace, stage["folder"]) if stage else None
@@ -124,8 +135,10 @@ def needed_bank(
     """Return what `find_bank` does.
 
     Raises:
+        ConfigError: As `check_gradients`.
         StoreError: There is none, or it holds no vectors of single pairs.
     """
+    check_gradients(target)
     found = find_bank(workspace, config, target, pairs)
     if isinstance(found, str):
         raise StoreError(f"{found}.")
@@ -135,6 +148,19 @@ def needed_bank(
             "`gradients.exact_basis: pairs` and run `rose-ray bank CONFIG`."
         )
     return found
+
+
+def check_gradients(target: TargetConfig) -> None:
+    """Refuse a target that no bank serves.
+
+    Raises:
+        ConfigError: Its method takes no gradients.
+    """
+    if not target.uses_gradients:
+        raise ConfigError(
+            f"target {target.name}: method {target.method} takes no gradients, so it has no bank. Name a target of "
+            f"method {', '.join(GRADIENT_METHODS)}."
+        )
 
 
 def _warmup_of(workspace: Workspace, bank: Manifest) -> Manifest | str:

@@ -55,6 +55,29 @@ def test_answers_count_where_they_are_long() -> None:
     assert text.find(turns("q", LONG)) == "item 0"
 
 
+def test_all_items_that_a_row_holds_text_of() -> None:
+    text = known(LONG, f"so {LONG}", "What is it?", "what IS it")
+    assert text.find_all(turns(LONG, "a")) == {"item 0", "item 1"}
+    assert text.find_all(turns(f"so {LONG}", "a")) == {"item 0", "item 1"}
+    assert text.find_all(turns("What is it?", "a")) == {"item 2", "item 3"}
+    assert text.find_all(turns("What is it?", LONG)) == {"item 0", "item 1", "item 2", "item 3"}
+    assert text.find_all(turns("q", "What is it?")) == set() and text.find(turns(LONG)) == "item 0"
+
+
+def test_texts_may_be_added_after_looking() -> None:
+    text = known("unrelated", LONG)
+    assert text.find(turns("q", f"{LONG[4:]} fifteen")) == "item 1"
+    text.add("later", [f"{LONG[4:]} fifteen"])
+    assert text.find_all(turns("q", f"{LONG[8:]} fifteen")) == {"later"}
+
+
+def test_a_hit_by_hash_alone_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rose_ray.data.contamination._RunHashes._remember", lambda self, word: 7)
+    text = known(" ".join("abcdefghijklm"))
+    assert text.find(turns("q", " ".join("nopqrstuvwxyz"))) is None
+    assert text.find(turns("q", " ".join("abcdefghijklm"))) == "item 0"
+
+
 @pytest.mark.parametrize("size", [3, 5])
 def test_against_every_pair_of_runs(size: int) -> None:
     random = Random(size)
@@ -62,19 +85,21 @@ def test_against_every_pair_of_runs(size: int) -> None:
     prompts = [sentence(random, random.randint(1, 8), few) for _ in range(6)]
     text = known(*prompts, num_words=size)
 
-    def slow(row: list[Message]) -> bool:
+    def slow(row: list[Message]) -> set[str]:
+        held = set()
         for turn in row:
             tokens = words(turn.content)
-            for prompt in map(words, prompts):
+            for number, prompt in enumerate(map(words, prompts)):
                 for i in range(len(tokens) - size + 1):
                     for j in range(len(prompt) - size + 1):
                         if tokens[i : i + size] == prompt[j : j + size]:
-                            return True
+                            held.add(f"item {number}")
                 if turn.role == "user" and len(prompt) < size and tokens == prompt:
-                    return True
-        return False
+                    held.add(f"item {number}")
+        return held
 
     rows = [turns(sentence(random, random.randint(1, 6), few), sentence(random, 4, few)) for _ in range(300)]
-    found = [text.find(row) is not None for row in rows]
+    found = [text.find_all(row) for row in rows]
     assert found == [slow(row) for row in rows]
-    assert 0 < sum(found) < 300
+    assert all((text.find(row) or "none") in (own or {"none"}) for row, own in zip(rows, found, strict=True))
+    assert 0 < sum(map(bool, found)) < 300

@@ -7,10 +7,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from rose_ray.errors import NumericsError
+from rose_ray.errors import ConfigError, NumericsError
 from rose_ray.kernels.aggregation import aggregate_subtasks
 from rose_ray.kernels.objectives import Normalize, Objective, PairGradients, bank_directions
-from rose_ray.kernels.pair_draws import PairAtoms, jaccard, subset, two_subsets
+from rose_ray.kernels.pair_draws import PairAtoms, jaccard, two_subsets
 from rose_ray.kernels.pair_terms import swapped
 
 SUBTASKS = ["b", "a", "b", "b", "a", "c"]
@@ -58,7 +58,7 @@ def test_a_draw_scores_as_a_bank_of_the_drawn_pairs(objective: Objective, normal
     assert influences_NK.shape == (9, atoms.num_atoms)
     random = np.random.default_rng(4)
     for number in range(6):
-        drawn_V = subset(SUBTASKS, 1 + number % 3, random)
+        drawn_V, _ = two_subsets(SUBTASKS, range(len(SUBTASKS)), 1 + number % 3, random)
         flipped_V = random.random(len(SUBTASKS)) < 0.4 if number % 2 else np.zeros(len(SUBTASKS), bool)
         names = [name for name, taken in zip(SUBTASKS, drawn_V, strict=True) if taken]
         wanted_NT = np.zeros((9, 3))
@@ -94,13 +94,29 @@ def test_subsets_take_so_many_of_every_subtask_and_share_none() -> None:
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(60):
-        first_V, second_V = two_subsets(SUBTASKS, 1, random)
+        first_V, second_V = two_subsets(SUBTASKS, range(len(SUBTASKS)), 1, random)
         assert not (first_V & second_V).any()
         assert [sum(first_V[[name == each for each in SUBTASKS]]) for name in "bac"] == [1, 1, 1]
         assert [sum(second_V[[name == each for each in SUBTASKS]]) for name in "bac"] == [1, 1, 0]
         seen.add(tuple(np.flatnonzero(first_V)))
     assert len(seen) == 6  # three of b times two of a
-    assert subset(SUBTASKS, 9, random).all()
+    assert two_subsets(SUBTASKS, range(len(SUBTASKS)), 9, random)[0].all()
+
+
+def test_pairs_of_a_shot_are_drawn_together() -> None:
+    random = np.random.default_rng(0)
+    shots = ["x", "u", "y", "x", "u", "c"]  # x and y of b, u of a
+    seen = set()
+    for _ in range(30):
+        first_V, second_V = two_subsets(SUBTASKS, shots, 1, random)
+        seen.add((tuple(np.flatnonzero(first_V)), tuple(np.flatnonzero(second_V))))
+    assert seen == {((0, 1, 3, 4, 5), (2,)), ((1, 2, 4, 5), (0, 3))}
+
+
+def test_single_pairs_have_no_atoms_of_their_own_under_weights() -> None:
+    atoms = PairAtoms("dpo_weighted", [random_pairs(1)], np.ones(1), SUBTASKS, dpo_beta=0.1, normalize="exact")
+    with pytest.raises(ConfigError, match="single pairs have no scores"):
+        atoms.signed_atoms(np.ones(len(SUBTASKS), bool), np.zeros(len(SUBTASKS), bool))
 
 
 def test_jaccard_by_hand() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rose_ray.kernels.sketch as sketch_module
+from rose_ray.kernels.hashing import word_keys
 from rose_ray.kernels.projection import make_projection
 from rose_ray.kernels.sketch import SketchProjection
 from tests.unit.kernels.projection_oracles import (
@@ -72,7 +73,7 @@ def test_cuts_and_inner_blocks_do_not_matter(way: str, cuts: Sequence[int], monk
 def test_the_matrix_is_the_same_everywhere_and_for_ever() -> None:
     """Pinned (parameter, row, sign). If they change, raise SKETCH_VERSION: stored features no longer fit."""
     projection = SketchProjection(8192, 12345, 2**32)
-    assert projection.sketch_keys() == GOLDEN_KEYS
+    assert (*word_keys("sketch", 12345, 0), *word_keys("sketch", 12345, 1)) == GOLDEN_KEYS
     found = []
     for index, _, _ in GOLDEN_ENTRIES:
         out = torch.zeros(1, 8192, dtype=torch.float64)
@@ -84,7 +85,7 @@ def test_the_matrix_is_the_same_everywhere_and_for_ever() -> None:
 
 def test_keys_turns_and_signs_are_those_of_the_matrix() -> None:
     projection = SketchProjection(40, 77, 2**32)
-    assert projection.sketch_keys() == (*slow_keys("sketch", 77, 0), *slow_keys("sketch", 77, 1))
+    assert [word_keys("sketch", 77, word) for word in (0, 1)] == [slow_keys("sketch", 77, word) for word in (0, 1)]
     start = 40 * 2**20 + 13
     shifts, signs = projection.shifts(start // 40, 3, CPU), projection.signs(start, start + 67, CPU)
     assert (shifts.dtype, signs.dtype) == (torch.int64, torch.int8)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rose_ray.config.target import TargetConfig
+from rose_ray.data.preferences import Shot
 from rose_ray.errors import ConfigError, PairError
 from rose_ray.filesystem import expand
 from rose_ray.stages.held_out import check_held_out
-from rose_ray.stages.target_pairs import read_target_pairs
+from rose_ray.stages.target_pairs import read_target_pairs, read_target_shots
 from tests.tiny import make_pair_rows, write_jsonl
 
 TASKS = Path(__file__).parents[4] / "shared/data/tasks"
@@ -48,6 +49,16 @@ def test_shots_are_rows_of_a_task_and_pairs_of_a_file(tmp_path: Path) -> None:
     assert Counter(pair.subtask for pair in read_target_pairs(both)) == {"plain": 2, "x": 4}
     with pytest.raises(PairError, match="5 shots asked for, but subtask 'x' has 4"):
         read_target_pairs(both.model_copy(update={"shots": 5}))
+
+
+def test_pairs_of_a_row_are_one_shot_and_a_pair_of_a_file_is_its_own(tmp_path: Path) -> None:
+    rows, file = questions(tmp_path / "q.jsonl"), write_jsonl(tmp_path / "p.jsonl", make_pair_rows(2))
+    entries = {"files": [str(file)], "subtask": "plain"}, {"files": [str(rows)], "task": MC}
+    pairs, shots = read_target_shots(target(*entries, shots=2))
+    assert pairs == read_target_pairs(target(*entries, shots=2))
+    plain = [Shot("plain", False, pair.pair_id) for pair in pairs[:2]]
+    assert shots == [*plain, *[Shot("x", True, "dev0")] * 2, *[Shot("x", True, "dev1")] * 2]
+    assert read_target_shots(TargetConfig(name="t", method="random")) == ([], [])
 
 
 def test_samples_are_read_from_their_file(tmp_path: Path) -> None:

@@ -254,12 +254,12 @@ def test_subtasks_by_name_and_by_field(tmp_path: Path) -> None:
 
 def test_shots_of_a_task_are_its_rows() -> None:
     pairs = [PreferencePair(f"{row}/{n}", "s", (), "a", "b", "", "a", "b") for row in "xyz" for n in range(3)]
-    shot_of = {pair.pair_id: pair.pair_id[0] for pair in pairs}
-    assert [pair.pair_id for pair in take_shots(pairs, 2, target="t", shot_of=shot_of)] == [
+    row_of = {pair.pair_id: pair.pair_id[0] for pair in pairs}
+    assert [pair.pair_id for pair in take_shots(pairs, 2, target="t", row_of=row_of)] == [
         f"{row}/{n}" for row in "xy" for n in range(3)
     ]
     with pytest.raises(PairError, match="4 shots asked for, but subtask 's' has 3"):
-        take_shots(pairs, 4, target="t", shot_of=shot_of)
+        take_shots(pairs, 4, target="t", row_of=row_of)
 
 
 def test_compressed_examples(tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ def test_held_out_files_of_named_subtasks(tmp_path: Path) -> None:
         held_out_target(config, target_of(*inputs), ["x"], None)
 
 
+def test_targets_without_gradients_are_refused(tmp_path: Path) -> None:
+    config = stored_job(tmp_path, [pair_record(0)]).config
+    with pytest.raises(ConfigError, match="target t: method random takes no gradients, so it has no bank"):
+        held_out_target(config, TargetConfig(name="t", method="random"), ["b"], None)
+
+
 def test_exact_targets_are_refused(tmp_path: Path) -> None:
     config = stored_job(tmp_path, [pair_record(0)]).config
     with pytest.raises(ConfigError, match="basis of their own pairs"):

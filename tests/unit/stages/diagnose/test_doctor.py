@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from rose_ray.errors import DataError, PairError
-from rose_ray.filesystem import locate
+from rose_ray.cli import app
+from rose_ray.config.target import TargetConfig
+from rose_ray.data.contamination import KnownTestText
+from rose_ray.errors import ConfigError, DataError, PairError
+from rose_ray.filesystem import expand, locate
 from rose_ray.stages.diagnose.doctor import examine
 from rose_ray.stages.diagnose.findings import Finding, TargetReport, report_lines
-from rose_ray.stages.diagnose.overlap import EvaluationTexts, read_evaluation_texts
+from rose_ray.stages.diagnose.overlap import read_evaluation_texts
 from rose_ray.stages.diagnose.pair_texts import TextLimits
+from rose_ray.stages.diagnose.stored import needed_bank
 from tests.tiny import write_jsonl
 from tests.unit.stages.diagnose.stored_job import SPACE, StoredJob, pair_record, stored_job
 
@@ -23,7 +30,7 @@ PASSAGE = "one two three four five six seven eight nine ten eleven twelve thirte
 
 
 def report_of(
-    job: StoredJob, tests: EvaluationTexts | None = None, limits: TextLimits = LIMITS, *, workspace: bool = True
+    job: StoredJob, tests: KnownTestText | None = None, limits: TextLimits = LIMITS, *, workspace: bool = True
 ) -> TargetReport:
     job.finish()
     (report,) = examine(job.workspace if workspace else None, job.config, {"t": job.pairs}, tests, limits)
@@ -119,12 +126,39 @@ def test_overlap_with_test_texts_names_their_rows(tmp_path: Path) -> None:
         ],
     )
     file = write_jsonl(
-        tmp_path / "test.jsonl", [{"question": "What IS it", "id": "What is it?"}, {"note": f"so {PASSAGE} on"}]
+        tmp_path / "test.jsonl",
+        [{"question": "What IS it", "id": "No idea"}, {"question": "?", "answer": f"so {PASSAGE} on"}],
     )
     tests = read_evaluation_texts([locate(str(file))])
     (found,) = (each for each in report_of(job, tests).findings if each.check == "test_overlap")
     assert found.numbers["test_rows"] == {"p0": [f"{file} row 2"], "p1": [f"{file} row 1"]}
-    assert tests.num_records == 2
+    assert tests.num_words == 13
+
+
+def test_test_files_are_those_that_decontamination_reads(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0, prompt="In a table?"), pair_record(1, prompt="Examples?")])
+    (tmp_path / "anatomy_test.csv").write_text("In a table?,yes,no,A\n")
+    (tmp_path / "bbh.json").write_text(json.dumps({"examples": [{"input": "Examples?", "target": "(A)"}]}))
+    with tarfile.open(tmp_path / "both.tar.gz", "w:gz") as archive:
+        for name in ("anatomy_test.csv", "bbh.json"):
+            archive.add(tmp_path / name, name)
+    plain = read_evaluation_texts(expand([str(tmp_path / "anatomy_test.csv"), str(tmp_path / "bbh.json")]))
+    for tests in (plain, read_evaluation_texts(expand([str(tmp_path / "both.tar.gz")]))):
+        (found,) = (each for each in report_of(job, tests).findings if each.check == "test_overlap")
+        assert found.ids == ("p0", "p1")
+
+
+def test_fields_and_split_say_what_of_test_files_counts(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0, prompt="Developed?"), pair_record(1, prompt="Tested?")])
+    rows = [{"split": "dev", "body": "developed"}, {"split": "test", "body": "tested"}]
+    file = locate(str(write_jsonl(tmp_path / "test.jsonl", rows)))
+    tests = read_evaluation_texts([file], fields=["body"], split="test")
+    (found,) = (each for each in report_of(job, tests).findings if each.check == "test_overlap")
+    assert found.ids == ("p1",)
+    with pytest.raises(
+        DataError, match=r"Name the keys that hold it \(`decontaminate.fields`; `doctor --test-field`\)"
+    ):
+        read_evaluation_texts([file])
 
 
 def test_a_broken_row_of_a_test_file_is_named(tmp_path: Path) -> None:
@@ -132,6 +166,13 @@ def test_a_broken_row_of_a_test_file_is_named(tmp_path: Path) -> None:
     file.write_text('{"question": "a"}\nno json\n')
     with pytest.raises(DataError, match=r"test.jsonl row 2: not_json"):
         read_evaluation_texts([locate(str(file))])
+
+
+def test_what_of_no_test_file_counts_is_refused(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0)])
+    (tmp_path / "job.yaml").write_text(job.config.model_dump_json(exclude_unset=True))
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path / "job.yaml"), "--test-split", "test"])
+    assert result.exit_code == 1 and "--test-field and --test-split say what of the files of --test" in result.stderr
 
 
 def test_overlap_of_the_pool_is_counted_by_source(tmp_path: Path) -> None:
@@ -237,6 +278,44 @@ def test_what_cannot_be_told_without_a_workspace_is_said(tmp_path: Path) -> None
     assert lines[0] == "target t: 3 pairs (s 3), bank none"
     assert sum(line.startswith("  not told: ") for line in lines) == 3
     assert any("`rose-ray bank CONFIG`" in line for line in lines) and any("--test" in line for line in lines)
+
+
+def test_a_target_without_pairs_is_healthy(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0)])
+    job.pairs = []
+    job.config = job.config.model_copy(update={"targets": [TargetConfig(name="t", method="random")]})
+    report = report_of(job)
+    assert report.is_healthy and not report.findings
+    lines = list(report_lines(report))
+    assert lines[:2] == [
+        "target t: 0 pairs, bank none",
+        "  not told: anything about pairs: method random was given none",
+    ]
+    assert not any("rose-ray bank" in line for line in lines)
+
+
+def test_test_texts_in_the_pool_are_found_without_pairs(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0)])
+    job.pairs = []
+    job.config = job.config.model_copy(update={"targets": [TargetConfig(name="t", method="random")]})
+    job.add_pool([{"prompt": "Tested?", "completion": "It is."}, {"prompt": "Not?", "completion": "No."}])
+    file = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "tested"}])
+    found = report_of(job, read_evaluation_texts([locate(str(file))])).findings
+    assert [each.check for each in found] == ["pool_test_overlap"]
+
+
+def test_pair_inputs_that_give_no_pair_are_an_error(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0)])
+    job.pairs = []
+    assert [each.check for each in report_of(job).findings] == ["no_pairs"]
+
+
+def test_no_bank_is_advised_where_none_is_ever_made(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0), pair_record(1)], method="bm25")
+    report = report_of(job)
+    assert any(line.endswith("label margins: method bm25 takes no gradients: no bank") for line in report.untold)
+    with pytest.raises(ConfigError, match="target t: method bm25 takes no gradients, so it has no bank"):
+        needed_bank(job.workspace, job.config, job.config.targets[0], job.pairs)
 
 
 def test_pairs_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:

@@ -103,11 +103,31 @@ def test_measured_slopes_are_inner_products_of_gradients(
     assert np.abs(influences_NV).max() > 20 * SLOPE_ERROR
     np.testing.assert_allclose(slopes_NV, influences_NV, atol=SLOPE_ERROR)
     # the own step, 1e-4 times Gamma, is shorter than the short one: its change is nearly its length times the slope
+    assert found.learning_rate is not None and found.changes_NV2 is not None
     lengths_N11 = (found.learning_rate * found.norms_N)[:, None, None]
     np.testing.assert_allclose(found.changes_NV2, lengths_N11 * found.slopes_NV2, atol=LOGP_ERROR)
     assert np.abs(found.changes_NV2).max() > 20 * LOGP_ERROR
     for name, tensor in checkpoint.adapter.items():
         assert torch.equal(model.weights[name].cpu(), tensor)
+
+
+def test_an_adapter_without_an_optimizers_state_has_no_step_of_its_own(
+    model: ScoringModel,
+    layout: ParameterLayout,
+    checkpoint: Checkpoint,
+    inputs: tuple[list[Sample], list[EncodedPair]],
+    tmp_path: Path,
+) -> None:
+    bare = Checkpoint("checkpoint-1", checkpoint.adapter, None, None, None)
+    found = measured_steps(model, *inputs, bare, layout, StepSettings("sgd", 512))
+    assert found.learning_rate is None and found.changes_NV2 is None
+    assert np.abs(found.slopes_NV2).max() > 0
+    bank = bank_of(tmp_path)
+    measured = [MeasuredSteps(np.ones(1), np.array([[[1.0, 0.0]]]), None, None, 0.01)] * 2
+    report = compare_steps(bank, [0], ["r"], [np.array([[0.5, 0.1]])] * 2, [np.ones(1)] * 2, measured, 0.01)
+    assert report.checkpoints[0].own_step is None
+    lines = list(reward_step_lines(report))
+    assert lines[-2].startswith("  checkpoint-1: no step of its own, for the adapter came without a learning rate")
 
 
 def test_an_adapter_of_zeros_is_refused(
@@ -147,12 +167,14 @@ def test_comparison_by_hand(tmp_path: Path) -> None:
     assert first.largest_error == pytest.approx(0.2) and first.slope.spearman == pytest.approx(1.0)
     foretold = 0.1 * np.array([2 * 3 * 0.5, 2 * 2 * 0.5, 5 * 3 * 1.0, 5 * 2 * -0.2])
     changes = 0.5 * np.array([1.5, 1.0, 3.0, 0.0])
-    assert first.step.pearson == pytest.approx(np.corrcoef(foretold, changes)[0, 1])
-    assert first.margin == first.step
+    own = first.own_step
+    assert own is not None
+    assert own.step.pearson == pytest.approx(np.corrcoef(foretold, changes)[0, 1])
+    assert own.margin == own.step
     straight = 0.1 * np.array([2 * 1.5, 2 * 1.0, 5 * 3.0, 0.0])
-    assert first.linear.pearson == pytest.approx(np.corrcoef(straight, changes)[0, 1])
-    assert first.mean_foretold == pytest.approx(foretold.mean()) and first.mean_change == pytest.approx(changes.mean())
-    assert first.raised == 1.0
+    assert own.linear.pearson == pytest.approx(np.corrcoef(straight, changes)[0, 1])
+    assert own.mean_foretold == pytest.approx(foretold.mean()) and own.mean_change == pytest.approx(changes.mean())
+    assert own.raised == 1.0
     assert report.norms_agree == pytest.approx(1 / 5) and report.pair_ids == ("p0", "p1")
     lines = list(reward_step_lines(report))
     assert lines[0] == "target t, objective rose: 2 rows x 2 pairs, short step 0.01 of the adapter's length"
@@ -167,4 +189,5 @@ def test_what_the_objective_asks_for_is_measured(tmp_path: Path) -> None:
     found = compare_steps(bank, [1], ["r", "q"], [features_ND] * 2, [np.ones(2)] * 2, [steps(slopes)] * 2, 0.01)
     slope = (np.array([2.0, -1.0]) / 4 - np.array([9.0, 0.0]) / 2) / 0.5
     assert found.checkpoints[0].largest_error == pytest.approx(np.abs(np.array([1.0, -0.5]) - slope).max())
-    assert found.checkpoints[0].margin.pearson == pytest.approx(-1.0)
+    own = found.checkpoints[0].own_step
+    assert own is not None and own.margin.pearson == pytest.approx(-1.0)

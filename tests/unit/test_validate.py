@@ -1,0 +1,37 @@
+"""What `validate` asks of a target's pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rose_ray.config import parse_config
+from rose_ray.distributed.validate import validate_job
+from rose_ray.errors import PairError
+from tests.tiny import make_pool_rows, write_jsonl
+from tests.unit.stages.diagnose.stored_job import pair_record
+
+
+def lines_of(folder: Path, base: str, **target: Any) -> list[str]:
+    pairs = write_jsonl(folder / "pairs.jsonl", [pair_record(0), pair_record(1, prompt="long " * 200)])
+    pool = write_jsonl(folder / "pool.jsonl", make_pool_rows(2))
+    config = {
+        "workspace": str(folder / "workspace"),
+        "model": {"base": base, "max_tokens": 64},
+        "pool": {"inputs": [{"files": [str(pool)]}]},
+        "targets": [{"name": "t", "pairs": [{"files": [str(pairs)]}], **target}],
+    }
+    return list(validate_job(parse_config(config)))
+
+
+@pytest.mark.parametrize("method", ["bm25", "dsir"])
+def test_pairs_that_no_run_tokenises_may_be_long(tmp_path: Path, base_folder: str, method: str) -> None:
+    assert f"target t: method {method}, 2 pairs (t 2)" in lines_of(tmp_path, base_folder, method=method)
+
+
+@pytest.mark.parametrize("method", ["rose", "rds"])
+def test_pairs_that_the_model_reads_must_fit(tmp_path: Path, base_folder: str, method: str) -> None:
+    with pytest.raises(PairError, match="p1"):
+        lines_of(tmp_path, base_folder, method=method)
