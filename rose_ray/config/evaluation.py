@@ -62,7 +62,11 @@ class TaskConfig(Strict):
     splits: list[str] | None = Field(
         None,
         min_length=1,
-        description="Take the records whose `split` is one of these; needed where they have several.",
+        description="Take the records whose `split` is one of these; needed where they have several, and for dev, "
+        "train and fewshot.",
+    )
+    leave_out: list[str] = Field(
+        default_factory=list, description="Ids of records not to measure on, for instance what a target asks too."
     )
     max_items: int | None = Field(None, ge=1, description="Measure on so many, chosen by seed; all where unset.")
 

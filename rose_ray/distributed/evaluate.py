@@ -14,7 +14,6 @@ import ray
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.config.selection import SelectionConfig
-from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.job import Job, RunResult
@@ -24,9 +23,10 @@ from rose_ray.distributed.run import run_job
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE, select_target
 from rose_ray.errors import ConfigError, RoseError
-from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
+from rose_ray.evaluate.benchmarks import Benchmark
 from rose_ray.evaluate.correlate import association_lines, association_records, associations
 from rose_ray.evaluate.index import Index, make_index, read_index, write_index
+from rose_ray.evaluate.inputs import checked_benchmarks
 from rose_ray.evaluate.report import REPORT_FOLDER, reader, write_report
 from rose_ray.evaluate.trials import (
     RANDOM,
@@ -86,22 +86,6 @@ def evaluation_config(config: JobConfig) -> EvaluationConfig:
     return config.evaluation
 
 
-def read_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
-    """Read everything that models are measured on.
-
-    Raises:
-        DataError: A file, a row or a pair cannot be used.
-    """
-    held_out = [
-        held_out_benchmark(entry, read_target_pairs(TargetConfig(name=entry.name, pairs=entry.pairs)))
-        for entry in config.held_out
-    ]
-    asked = [answers_benchmark(entry, config.max_prompts, config.max_new_tokens) for entry in held_out]
-    tasks = [read_task(task, config.max_new_tokens) for task in config.tasks]
-    reads_answers = any(judge.kind != "cross_entropy" for judge in config.judges)
-    return [*held_out, *tasks, *(asked if reads_answers else [])]
-
-
 @contextmanager
 def prepared(config: JobConfig) -> Iterator[Evaluation]:
     """Run the job as far as its scores, hold its workspace, and give what an evaluation works with.
@@ -110,9 +94,8 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
     """
     settings = evaluation_config(config)
-    benchmarks = read_benchmarks(settings)
+    benchmarks = checked_benchmarks(config, settings)
     pairs = {target.name: read_target_pairs(target) for target in config.targets}
-    check_apart(pairs, benchmarks)
     with ray_session(config.ray):
         result = run_job(config)
         with opened(config.workspace, config.lease.term) as workspace, granted_resources(config):

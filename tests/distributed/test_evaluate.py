@@ -93,8 +93,13 @@ def test_what_is_wrong_is_said_before_the_cluster_works(finished: FinishedJob, c
     with pytest.raises(ConfigError, match=r"budgets 1000 are above the \d+ rows that were scored"):
         run_evaluation(evaluated_job(finished, copied, counts=[1000]))
     own = [{"name": "unseen", "pairs": [{"files": [str(finished.inputs / "pairs.jsonl")]}]}]
-    with pytest.raises(PairError, match=r"evaluation unseen: 6 of 6 items ask what a target's pairs ask"):
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl, and evaluation\.held_out\.0\.pairs\.0\.files names it"):
         run_evaluation(evaluated_job(finished, copied, held_out=own))
+    pairs = [json.loads(line) for line in (finished.inputs / "pairs.jsonl").read_text().splitlines()]
+    other = write_jsonl(finished.inputs / "other.jsonl", pairs[1:])
+    asked = [{"name": "unseen", "pairs": [{"files": [str(other)]}]}]
+    with pytest.raises(PairError, match=r"evaluation unseen: 5 of 5 items ask what a target's pairs ask"):
+        run_evaluation(evaluated_job(finished, copied, held_out=asked))
 
 
 def test_a_training_that_diverges_is_a_missing_seed(
