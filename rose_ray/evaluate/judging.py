@@ -42,7 +42,7 @@ def judge_answers(
     folder: str,
     made_from: dict[str, Any],
 ) -> str:
-    """Judge answers to the same prompts in both orders, those that are not judged yet, and return the folder.
+    """Judge answers to the same prompts in both orders, those without a verdict yet, and return the folder.
 
     A verdict has ``item_id``, ``ours_first``, ``ours_second`` (preferences in the order shown), ``score`` (1 won in
     both orders, 0.5 tied or split, 0 lost; None without a verdict), ``length_difference`` (characters, ours less
@@ -186,14 +186,15 @@ def judge_numbers(
 
 
 def read_verdicts(workspace: Workspace, folder: str) -> list[Item]:
-    """Return the verdicts of a finished judging, by item id.
+    """Return the verdicts of a finished judging, by item id: the last of those that were asked for again.
 
     Raises:
         StoreError: They are not there, or altered.
     """
-    files = read_manifest(workspace, folder).files
-    verdicts = [json.loads(line) for f in files for line in workspace.read(f.path, f).decode().splitlines()]
-    return sorted(verdicts, key=lambda verdict: str(verdict["item_id"]))
+    last: dict[str, Item] = {}
+    for file in sorted(read_manifest(workspace, folder).files, key=lambda file: file.path):
+        last |= _by_item(workspace.read(file.path, file))
+    return [last[item_id] for item_id in sorted(last)]
 
 
 def _check_usable(config: JudgeConfig, verdicts: Sequence[Item], total: int) -> None:
@@ -208,15 +209,22 @@ def _check_usable(config: JudgeConfig, verdicts: Sequence[Item], total: int) -> 
 
 
 def _parts(workspace: Workspace, folder: str) -> tuple[list[FileRecord], dict[str, Item]]:
-    """What an earlier judging of the same left: parts written whole, one after the other."""
+    """What an earlier judging of the same left: parts written whole, one after the other, and their verdicts.
+
+    What got none is asked again: else a judge that stopped for nonsense would never recover.
+    """
     records: list[FileRecord] = []
     done: dict[str, Item] = {}
     for path in workspace.list_folder(folder):
         if path.rpartition("/")[2].startswith(_PART) and path.endswith(".jsonl"):
             data = workspace.read(path)
             records.append(workspace.write(path, data))  # the same bytes, for their record
-            done |= {verdict["item_id"]: verdict for verdict in map(json.loads, data.decode().splitlines())}
-    return records, done
+            done |= _by_item(data)
+    return records, {item_id: verdict for item_id, verdict in done.items() if verdict["score"] is not None}
+
+
+def _by_item(part: bytes) -> dict[str, Item]:
+    return {verdict["item_id"]: verdict for verdict in map(json.loads, part.decode().splitlines())}
 
 
 def _write_part(workspace: Workspace, folder: str, number: int, verdicts: Sequence[Item]) -> FileRecord:
