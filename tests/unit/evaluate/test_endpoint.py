@@ -150,6 +150,40 @@ def test_errors_that_stay_are_not(server: Server, monkeypatch: pytest.MonkeyPatc
     assert len(server.requests) == 1
 
 
+def sends_raw(data: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(data)
+        handler.close_connection = True
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
+        (b"", "RemoteDisconnected"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", "more than 100 headers"),
+    ],
+)
+def test_what_is_no_http_is_tried_again(server: Server, data: bytes, what: str) -> None:
+    server.replies = [sends_raw(data), says("Verdict: A")]
+    assert judge(server).rule(COMPARISON).preference == "first"
+    server.replies = [sends_raw(data)]
+    with pytest.raises(JudgeError, match=f"gave no reply in 3 tries of 5 s: .*{what}"):
+        judge(server).rule(COMPARISON)
+
+
+@pytest.mark.parametrize("key", ["sk-very\n", "sk very", "sk-vér", "\tsk-very"])
+def test_a_key_that_fits_no_header(server: Server, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds white space") as caught:
+        judge(server, api_key_env="JUDGE_KEY")
+    assert key.strip() not in str(caught.value)
+
+
 def test_a_redirect_does_not_carry_the_key_away(server: Server) -> None:
     server.replies = [sends(302, "", Location=f"{server.url}/elsewhere")]
     with pytest.raises(JudgeError, match="HTTP 302"):
