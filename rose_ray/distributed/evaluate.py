@@ -20,7 +20,7 @@ from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.judging import judge_all
 from rose_ray.distributed.resources import granted_resources
 from rose_ray.distributed.run import run_job
-from rose_ray.distributed.session import ray_session, root_cause
+from rose_ray.distributed.session import ray_session, root_cause, unwrapped_errors
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE, select_target
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.evaluate.benchmarks import Benchmark
@@ -96,7 +96,7 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
     settings = evaluation_config(config)
     benchmarks = checked_benchmarks(config, settings)
     pairs = {target.name: read_target_pairs(target) for target in config.targets}
-    with ray_session(config.ray):
+    with unwrapped_errors(), ray_session(config.ray):
         result = run_job(config)
         with opened(config.workspace, config.lease.term) as workspace, granted_resources(config):
             yield _prepare(workspace, config, settings, benchmarks, pairs, result)

@@ -58,12 +58,13 @@ def judge_all(job: Job, bench: Workbench, index: Index) -> tuple[Index, list[str
     """
     stopped = []
     for judge in bench.evaluation.judges:
-        identity = ray.get(job.task(judge_identity, judge))
-        tasks = judging_tasks(bench, index, judge, identity)
-        waiting = [task for task in tasks.values() if find_manifest(bench.workspace, task.folder) is None]
-        unique = list({task.folder: task for task in waiting}.values())
-        logger.info(f"judge {judge.name}: {len(unique)} of {len(tasks)} comparisons of models to do")
+        tasks: dict[tuple[int, str], JudgingTask] = {}
         try:
+            identity = ray.get(job.task(judge_identity, judge))
+            tasks = judging_tasks(bench, index, judge, identity)
+            waiting = [task for task in tasks.values() if find_manifest(bench.workspace, task.folder) is None]
+            unique = list({task.folder: task for task in waiting}.values())
+            logger.info(f"judge {judge.name}: {len(unique)} of {len(tasks)} comparisons of models to do")
             if unique:
                 _judge(job, bench, judge, identity, unique)
         except Exception as error:
