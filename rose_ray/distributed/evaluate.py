@@ -13,6 +13,7 @@ import ray
 
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
@@ -26,7 +27,7 @@ from rose_ray.errors import ConfigError, RoseError
 from rose_ray.evaluate.benchmarks import Benchmark
 from rose_ray.evaluate.correlate import association_lines, association_records, associations
 from rose_ray.evaluate.index import Index, make_index, read_index, write_index
-from rose_ray.evaluate.inputs import checked_benchmarks
+from rose_ray.evaluate.inputs import check_budgets, check_inputs
 from rose_ray.evaluate.report import REPORT_FOLDER, reader, write_report
 from rose_ray.evaluate.trials import (
     RANDOM,
@@ -37,9 +38,11 @@ from rose_ray.evaluate.trials import (
     plan_trials,
     random_rows,
     row_set_digest,
+    selection_of_size,
     with_parents,
 )
 from rose_ray.evaluate.work import Workbench, store_rows, training_lengths, work_on
+from rose_ray.filesystem import locate
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.clean import ContaminationSources, contamination_sources
@@ -94,12 +97,30 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
     """
     settings = evaluation_config(config)
-    benchmarks = checked_benchmarks(config, settings)
+    benchmarks = check_inputs(config, settings)
     pairs = {target.name: read_target_pairs(target) for target in config.targets}
     with unwrapped_errors(), ray_session(config.ray):
-        result = run_job(config)
+        trained = _trained_model(config, settings)
+        result = run_job(config, check_pool=lambda pool: check_budgets(config, settings, pool.facts["sources"]))
         with opened(config.workspace, config.lease.term) as workspace, granted_resources(config):
-            yield _prepare(workspace, config, settings, benchmarks, pairs, result)
+            yield _prepare(workspace, config, settings, benchmarks, pairs, result, trained)
+
+
+@dataclass(frozen=True)
+class _TrainedModel:
+    """The model that is fine-tuned; it may be another one than scores the rows."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    identity: ModelIdentity
+
+
+def _trained_model(config: JobConfig, settings: EvaluationConfig) -> _TrainedModel:
+    """Look at the model on a worker before the job computes anything: all of that would be for nothing without it."""
+    model, lora = with_absolute_paths(settings.model or config.model), settings.lora or config.lora
+    with granted_resources(config):
+        task = Job(Workspace(locate(config.workspace)), config).task(describe_model, model, lora)
+        return _TrainedModel(model, lora, ray.get(task))
 
 
 def _prepare(
@@ -109,12 +130,10 @@ def _prepare(
     benchmarks: Sequence[Benchmark],
     pairs: Mapping[str, Sequence[PreferencePair]],
     result: RunResult,
+    trained: _TrainedModel,
 ) -> Evaluation:
     assert result.pool is not None
     job = Job(workspace, config)
-    model = with_absolute_paths(settings.model or config.model)
-    lora = settings.lora or config.lora
-    identity: ModelIdentity = ray.get(job.task(describe_model, model, lora))
     arms = settings.arms or [target.name for target in config.targets]
     scores = {arm: result.scores[arm] for arm in arms}
     population = ray.get(job.task(scored_rows, workspace, list(scores.values())))
@@ -122,15 +141,16 @@ def _prepare(
         workspace,
         result.pool,
         settings,
-        model,
-        lora,
+        trained.model,
+        trained.lora,
         pairs,
         benchmarks,
         device=device_of(config.ray),
         threads=config.ray.threads_per_actor,
     )
     sizes = budget_sizes(settings, result.pool.counts["unique"], len(population))
-    return Evaluation(job, settings, bench, TrainingPlanner(settings, model, lora, identity), scores, population, sizes)
+    planner = TrainingPlanner(settings, trained.model, trained.lora, trained.identity)
+    return Evaluation(job, settings, bench, planner, scores, population, sizes)
 
 
 def scored_rows(workspace: Workspace, scores: Sequence[Manifest]) -> list[str]:
@@ -227,7 +247,7 @@ def _selections(evaluation: Evaluation) -> dict[str, dict[float, list[str]]]:
 
 def _selected(evaluation: Evaluation, arm: str, size: int) -> Any:
     target = next(target for target in evaluation.job.config.targets if target.name == arm)
-    selection = target.selection.model_copy(update={"fraction": None, "tokens": None, "count": size})
+    selection = selection_of_size(target.selection, size)
     bench = evaluation.bench
     sources = contamination_sources(selection, bench.pairs[arm])
     arguments = (bench.workspace, bench.pool, evaluation.scores[arm], arm, selection, sources)

@@ -1,14 +1,18 @@
-"""What an evaluation reads, and that none of it steered a selection."""
+"""What an evaluation needs, looked at before anything is computed: what it reads, the judges' keys, its budgets.
+
+None of what it reads may have steered a selection.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rose_ray.config.evaluation import EvaluationConfig, HeldOutConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.asked import Asked
+from rose_ray.errors import ConfigError
 from rose_ray.evaluate.benchmarks import (
     Benchmark,
     answers_benchmark,
@@ -17,8 +21,11 @@ from rose_ray.evaluate.benchmarks import (
     read_task,
     task_asked,
 )
+from rose_ray.evaluate.endpoint import endpoint_key
+from rose_ray.evaluate.trials import budget_sizes, selection_of_size
 from rose_ray.filesystem import expand
 from rose_ray.stages.held_out import check_held_out
+from rose_ray.stages.selection_check import check_selection
 from rose_ray.stages.target_pairs import read_target_asked, read_target_pairs
 
 
@@ -29,6 +36,41 @@ class _Files:
     key: str
     files: list[str]
     splits: list[str] | None
+
+
+def check_inputs(config: JobConfig, settings: EvaluationConfig) -> list[Benchmark]:
+    """Look at all that an evaluation needs besides pool, model and cluster, and return what models are measured on.
+
+    Raises:
+        ConfigError: The key of a judge is not in the environment.
+        RoseError: As `checked_benchmarks`.
+    """
+    for judge in settings.judges:
+        endpoint_key(judge)
+    return checked_benchmarks(config, settings)
+
+
+def check_budgets(config: JobConfig, settings: EvaluationConfig, sources: Mapping[str, int]) -> None:
+    """Refuse budgets that this pool cannot give, whatever the scores will be.
+
+    Args:
+        config: With every target.
+        settings: The `evaluation` block.
+        sources: Unique rows of the pool by source.
+
+    Raises:
+        ConfigError: A count is above the pool, or above what an arm's rules on sources leave.
+    """
+    total = sum(sources.values())
+    above = [str(count) for count in settings.counts if count > total]
+    if above:
+        raise ConfigError(
+            f"evaluation.counts: {', '.join(above)} are above the {total:,} unique rows of the pool. Lower them."
+        )
+    arms = [each for each in config.targets if settings.arms is None or each.name in settings.arms]
+    for size in budget_sizes(settings, total, total).values():
+        for arm in arms if size < total else ():  # the whole pool needs no selection
+            check_selection(f"evaluation budget ({arm.name})", selection_of_size(arm.selection, size), sources)
 
 
 def checked_benchmarks(config: JobConfig, settings: EvaluationConfig) -> list[Benchmark]:

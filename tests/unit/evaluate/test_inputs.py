@@ -1,4 +1,4 @@
-"""Nothing that steers a selection measures it, whatever form it is asked in."""
+"""Nothing that steers a selection measures it, whatever form it is asked in; budgets that a pool cannot give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.errors import ConfigError, PairError
 from rose_ray.evaluate.benchmarks import Benchmark
-from rose_ray.evaluate.inputs import checked_benchmarks
+from rose_ray.evaluate.inputs import check_budgets, checked_benchmarks
 from tests.tiny import make_pair_rows, write_jsonl
 
 ROWS = "Where is it?,here,there,nowhere,C\nWhich is true?,one,two,three,A\n"
@@ -20,8 +20,8 @@ OTHER_ROWS = "Where was it?,here,there,nowhere,A\nWhich is true?,four,five,six,A
 CHOICE = {"kind": "multiple_choice"}
 
 
-def read(tmp_path: Path, targets: list[dict[str, Any]], **evaluation: Any) -> list[Benchmark]:
-    """Check the inputs of an evaluation whose held-out pairs are nobody else's unless they are given."""
+def parsed(tmp_path: Path, targets: list[dict[str, Any]], **evaluation: Any) -> tuple[JobConfig, EvaluationConfig]:
+    """A job whose held-out pairs are nobody else's unless they are given."""
     unseen = write_jsonl(tmp_path / "unseen.jsonl", make_pair_rows(3, seed=31))
     block = {"held_out": [{"name": "unseen", "pairs": [{"files": [str(unseen)]}]}], **evaluation}
     config = JobConfig.model_validate(
@@ -29,12 +29,16 @@ def read(tmp_path: Path, targets: list[dict[str, Any]], **evaluation: Any) -> li
             "workspace": str(tmp_path / "w"),
             "pool": {"inputs": [{"files": ["-"]}]},
             "model": {"base": "-"},
-            "targets": [{"name": f"t{number}", "pairs": [entry]} for number, entry in enumerate(targets)],
+            "targets": [{"name": f"t{number}", **target} for number, target in enumerate(targets)],
             "evaluation": block,
         }
     )
     assert isinstance(config.evaluation, EvaluationConfig)
-    return checked_benchmarks(config, config.evaluation)
+    return config, config.evaluation
+
+
+def read(tmp_path: Path, pairs: list[dict[str, Any]], **evaluation: Any) -> list[Benchmark]:
+    return checked_benchmarks(*parsed(tmp_path, [{"pairs": [entry]} for entry in pairs], **evaluation))
 
 
 def csv(folder: Path, name: str, text: str) -> str:
@@ -132,3 +136,19 @@ def test_splits_of_one_file_are_apart(tmp_path: Path) -> None:
     assert len(read(tmp_path, [target], **quiz(file, splits=["val", "test"]))[1].questions) == 4
     with pytest.raises(ConfigError, match="pairs come from split 'dev' of"):
         read(tmp_path, [target], **quiz(file, splits=["dev", "test"]))
+
+
+def test_budgets_above_the_pool(tmp_path: Path) -> None:
+    pairs = [{"files": ["-"]}]
+    targets = [{"pairs": pairs}, {"pairs": pairs, "selection": {"exclude_sources": ["math"]}}]
+    sources = {"math": 6, "chat": 4}
+
+    def check(**evaluation: Any) -> None:
+        check_budgets(*parsed(tmp_path, targets, **evaluation), sources)
+
+    check(budgets=[0.4, 1.0], counts=[4])
+    with pytest.raises(ConfigError, match=r"evaluation\.counts: 11, 12 are above the 10 unique rows"):
+        check(counts=[3, 11, 12])
+    with pytest.raises(ConfigError, match=r"evaluation budget \(t1\)\.count: 5 rows asked for, but at most 4"):
+        check(budgets=[0.5])
+    check(budgets=[0.5], arms=["t0"])
