@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +41,7 @@ def judge_answers(
     theirs: Sequence[Item],
     folder: str,
     made_from: dict[str, Any],
+    after_batch: Callable[[], None] | None = None,
 ) -> str:
     """Judge answers to the same prompts in both orders, those without a verdict yet, and return the folder.
 
@@ -55,6 +56,7 @@ def judge_answers(
         pairs: Whose prompts were answered.
         ours, theirs: Answers in the order of the pairs.
         folder, made_from: From `verdict_folder`.
+        after_batch: Called when ``parallel`` comparisons were asked about, before their verdicts are written.
 
     Raises:
         AccountingError: The answers are to other prompts.
@@ -71,6 +73,8 @@ def judge_answers(
     for start in range(0, len(waiting), config.parallel):
         batch = waiting[start : start + config.parallel]
         verdicts, failure = _judge_batch(config, judge, [(pairs[i], ours[i], theirs[i]) for i in batch])
+        if after_batch is not None:
+            after_batch()
         if verdicts:
             parts.append(_write_part(workspace, folder, len(parts), verdicts))
             done |= {verdict["item_id"]: verdict for verdict in verdicts}
