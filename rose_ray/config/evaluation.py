@@ -56,8 +56,10 @@ class TaskConfig(Strict):
     options: Literal["letters", "texts"] = Field(
         "letters", description="What multiple_choice compares: the letters, the options listed, or their texts."
     )
-    extract: Literal["text", "last_number"] = Field(
-        "text", description="What exact_match compares: the whole answer, or its last number (behind #### if there)."
+    extract: Literal["text", "final", "last_number"] = Field(
+        "text",
+        description="What exact_match compares: the whole answer; what stands behind its last #### or 'answer is', "
+        "else the whole; or its last number (behind #### if there).",
     )
     splits: list[str] | None = Field(
         None,
