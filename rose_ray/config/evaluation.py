@@ -56,13 +56,19 @@ class TaskConfig(Strict):
     options: Literal["letters", "texts"] = Field(
         "letters", description="What multiple_choice compares: the letters, the options listed, or their texts."
     )
-    extract: Literal["text", "last_number"] = Field(
-        "text", description="What exact_match compares: the whole answer, or its last number (behind #### if there)."
+    extract: Literal["text", "final", "last_number"] = Field(
+        "text",
+        description="What exact_match compares: the whole answer; what stands behind its last #### or 'answer is', "
+        "else the whole; or its last number (behind #### if there).",
     )
     splits: list[str] | None = Field(
         None,
         min_length=1,
-        description="Take the records whose `split` is one of these; needed where they have several.",
+        description="Take the records whose `split` is one of these; needed where they have several, and for dev, "
+        "train and fewshot.",
+    )
+    leave_out: list[str] = Field(
+        default_factory=list, description="Ids of records not to measure on, for instance what a target asks too."
     )
     max_items: int | None = Field(None, ge=1, description="Measure on so many, chosen by seed; all where unset.")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rose_ray.config.strict import Name, Strict
 
@@ -23,6 +25,9 @@ _ENDPOINT_ONLY = {
     "max_unusable",
 }
 
+_URL_CHARACTERS = re.compile(r"[!-~]+")
+"""Of ASCII what can be seen; anything else has to be written as %XX, a host as xn--."""
+
 
 class JudgeConfig(Strict):
     """One judge. Each comparison is judged in both orders."""
@@ -32,7 +37,7 @@ class JudgeConfig(Strict):
         description="An OpenAI-compatible endpoint; a causal language model or a sequence-classification reward model "
         "in a folder; ROUGE-L against the chosen answer; cross-entropy of the chosen answer, lower wins."
     )
-    url: str | None = Field(None, description="Of the endpoint, up to /v1; /chat/completions is added.")
+    url: str | None = Field(None, description="Of the endpoint, http or https, up to /v1; /chat/completions is added.")
     model: str | None = Field(None, description="The endpoint's name of the model, or a folder or hub name.")
     api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)] | None = Field(
         None, description="Environment variable that holds the endpoint's key; never the key itself."
@@ -50,6 +55,13 @@ class JudgeConfig(Strict):
     )
     tie_margin: float = Field(0.0, ge=0, description="Scores closer than this are a tie; not for endpoints.")
 
+    @field_validator("url")
+    @classmethod
+    def _url_of_an_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and (fault := _url_fault(url)):
+            raise ValueError(f"{fault}; expected for instance https://host.example/v1")
+        return url
+
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> JudgeConfig:
         missing = sorted(name for name in _NEEDS.get(self.kind, set()) if getattr(self, name) is None)
@@ -63,3 +75,19 @@ class JudgeConfig(Strict):
         if idle:
             raise ValueError(f"judge {self.name}: kind {self.kind} has no use for {', '.join(sorted(idle))}")
         return self
+
+
+def _url_fault(url: str) -> str:
+    """What is wrong, without the URL: it may hold a key."""
+    if not _URL_CHARACTERS.fullmatch(url):
+        return "it is empty, or holds white space or a character beyond ASCII"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"it is no URL: {error}"
+    if parts.scheme not in ("http", "https") or not host:
+        return "it does not begin with http://HOST or https://HOST"
+    if parts.query or parts.fragment:
+        return "/chat/completions cannot be added behind ? or #"
+    return ""

@@ -13,20 +13,21 @@ import ray
 
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
+from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.selection import SelectionConfig
-from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.judging import judge_all
 from rose_ray.distributed.resources import granted_resources
 from rose_ray.distributed.run import run_job
-from rose_ray.distributed.session import ray_session, root_cause
+from rose_ray.distributed.session import ray_session, root_cause, unwrapped_errors
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE, select_target
 from rose_ray.errors import ConfigError, RoseError
-from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
+from rose_ray.evaluate.benchmarks import Benchmark
 from rose_ray.evaluate.correlate import association_lines, association_records, associations
 from rose_ray.evaluate.index import Index, make_index, read_index, write_index
+from rose_ray.evaluate.inputs import check_budgets, check_inputs
 from rose_ray.evaluate.report import REPORT_FOLDER, reader, write_report
 from rose_ray.evaluate.trials import (
     RANDOM,
@@ -37,9 +38,11 @@ from rose_ray.evaluate.trials import (
     plan_trials,
     random_rows,
     row_set_digest,
+    selection_of_size,
     with_parents,
 )
 from rose_ray.evaluate.work import Workbench, store_rows, training_lengths, work_on
+from rose_ray.filesystem import locate
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.clean import ContaminationSources, contamination_sources
@@ -86,22 +89,6 @@ def evaluation_config(config: JobConfig) -> EvaluationConfig:
     return config.evaluation
 
 
-def read_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
-    """Read everything that models are measured on.
-
-    Raises:
-        DataError: A file, a row or a pair cannot be used.
-    """
-    held_out = [
-        held_out_benchmark(entry, read_target_pairs(TargetConfig(name=entry.name, pairs=entry.pairs)))
-        for entry in config.held_out
-    ]
-    asked = [answers_benchmark(entry, config.max_prompts, config.max_new_tokens) for entry in held_out]
-    tasks = [read_task(task, config.max_new_tokens) for task in config.tasks]
-    reads_answers = any(judge.kind != "cross_entropy" for judge in config.judges)
-    return [*held_out, *tasks, *(asked if reads_answers else [])]
-
-
 @contextmanager
 def prepared(config: JobConfig) -> Iterator[Evaluation]:
     """Run the job as far as its scores, hold its workspace, and give what an evaluation works with.
@@ -110,13 +97,30 @@ def prepared(config: JobConfig) -> Iterator[Evaluation]:
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
     """
     settings = evaluation_config(config)
-    benchmarks = read_benchmarks(settings)
+    benchmarks = check_inputs(config, settings)
     pairs = {target.name: read_target_pairs(target) for target in config.targets}
-    check_apart(pairs, benchmarks)
-    with ray_session(config.ray):
-        result = run_job(config)
+    with unwrapped_errors(), ray_session(config.ray):
+        trained = _trained_model(config, settings)
+        result = run_job(config, check_pool=lambda pool: check_budgets(config, settings, pool.facts["sources"]))
         with opened(config.workspace, config.lease.term) as workspace, granted_resources(config):
-            yield _prepare(workspace, config, settings, benchmarks, pairs, result)
+            yield _prepare(workspace, config, settings, benchmarks, pairs, result, trained)
+
+
+@dataclass(frozen=True)
+class _TrainedModel:
+    """The model that is fine-tuned; it may be another one than scores the rows."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    identity: ModelIdentity
+
+
+def _trained_model(config: JobConfig, settings: EvaluationConfig) -> _TrainedModel:
+    """Look at the model on a worker before the job computes anything: all of that would be for nothing without it."""
+    model, lora = with_absolute_paths(settings.model or config.model), settings.lora or config.lora
+    with granted_resources(config):
+        task = Job(Workspace(locate(config.workspace)), config).task(describe_model, model, lora)
+        return _TrainedModel(model, lora, ray.get(task))
 
 
 def _prepare(
@@ -126,12 +130,10 @@ def _prepare(
     benchmarks: Sequence[Benchmark],
     pairs: Mapping[str, Sequence[PreferencePair]],
     result: RunResult,
+    trained: _TrainedModel,
 ) -> Evaluation:
     assert result.pool is not None
     job = Job(workspace, config)
-    model = with_absolute_paths(settings.model or config.model)
-    lora = settings.lora or config.lora
-    identity: ModelIdentity = ray.get(job.task(describe_model, model, lora))
     arms = settings.arms or [target.name for target in config.targets]
     scores = {arm: result.scores[arm] for arm in arms}
     population = ray.get(job.task(scored_rows, workspace, list(scores.values())))
@@ -139,15 +141,16 @@ def _prepare(
         workspace,
         result.pool,
         settings,
-        model,
-        lora,
+        trained.model,
+        trained.lora,
         pairs,
         benchmarks,
         device=device_of(config.ray),
         threads=config.ray.threads_per_actor,
     )
     sizes = budget_sizes(settings, result.pool.counts["unique"], len(population))
-    return Evaluation(job, settings, bench, TrainingPlanner(settings, model, lora, identity), scores, population, sizes)
+    planner = TrainingPlanner(settings, trained.model, trained.lora, trained.identity)
+    return Evaluation(job, settings, bench, planner, scores, population, sizes)
 
 
 def scored_rows(workspace: Workspace, scores: Sequence[Manifest]) -> list[str]:
@@ -244,7 +247,7 @@ def _selections(evaluation: Evaluation) -> dict[str, dict[float, list[str]]]:
 
 def _selected(evaluation: Evaluation, arm: str, size: int) -> Any:
     target = next(target for target in evaluation.job.config.targets if target.name == arm)
-    selection = target.selection.model_copy(update={"fraction": None, "tokens": None, "count": size})
+    selection = selection_of_size(target.selection, size)
     bench = evaluation.bench
     sources = contamination_sources(selection, bench.pairs[arm])
     arguments = (bench.workspace, bench.pool, evaluation.scores[arm], arm, selection, sources)

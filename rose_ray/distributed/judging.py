@@ -20,7 +20,7 @@ from rose_ray.evaluate.judges import judge_identity, load_judge
 from rose_ray.evaluate.judging import judge_answers, judge_numbers, verdict_folder
 from rose_ray.evaluate.measures import Item
 from rose_ray.evaluate.work import Workbench, read_items
-from rose_ray.stores.manifest import artefact_key, find_manifest
+from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,15 @@ def judge_all(job: Job, bench: Workbench, index: Index) -> tuple[Index, list[str
     """
     stopped = []
     for judge in bench.evaluation.judges:
-        identity = ray.get(job.task(judge_identity, judge))
-        tasks = judging_tasks(bench, index, judge, identity)
-        waiting = [task for task in tasks.values() if find_manifest(bench.workspace, task.folder) is None]
-        unique = list({task.folder: task for task in waiting}.values())
-        logger.info(f"judge {judge.name}: {len(unique)} of {len(tasks)} comparisons of models to do")
+        tasks: dict[tuple[int, str], JudgingTask] = {}
         try:
+            identity = ray.get(job.task(judge_identity, judge))
+            tasks = judging_tasks(bench, index, judge, identity)
+            waiting = [task for task in tasks.values() if find_manifest(bench.workspace, task.folder) is None]
+            unique = list({task.folder: task for task in waiting}.values())
+            logger.info(f"judge {judge.name}: {len(unique)} of {len(tasks)} comparisons of models to do")
             if unique:
-                _judge(job, bench, judge, identity, unique)
+                _judge(job, bench, judge, unique)
         except Exception as error:
             cause = root_cause(error)
             if not isinstance(cause, JudgeError | ModelError):
@@ -106,12 +107,10 @@ def _opponent(opponent: str, index: Index, entry: Entry, key: str) -> str | None
     return same[0].measures.get(key) if same else None
 
 
-def _judge(
-    job: Job, bench: Workbench, judge: JudgeConfig, identity: Mapping[str, Any], tasks: Sequence[JudgingTask]
-) -> None:
+def _judge(job: Job, bench: Workbench, judge: JudgeConfig, tasks: Sequence[JudgingTask]) -> None:
     prompts = {b.name: b.pairs for b in bench.benchmarks if b.kind == "answers"}
     if judge.kind == "endpoint":
-        ask_endpoint(bench.workspace, judge, identity, prompts, tasks)
+        ask_endpoint(bench.workspace, judge, prompts, tasks)
     elif judge.kind in ("local_model", "reward_model"):
         ray.get(job.model_task(judge_here, bench.workspace, judge, prompts, tasks, bench.device))
     else:
@@ -146,24 +145,29 @@ def judge_here(
 def ask_endpoint(
     workspace: Workspace,
     config: JudgeConfig,
-    identity: Mapping[str, Any],
     prompts: Mapping[str, Sequence[PreferencePair]],
     tasks: Sequence[JudgingTask],
     make: Callable[[JudgeConfig, int], EndpointJudge] = EndpointJudge,
 ) -> None:
-    """Ask an endpoint, and keep count of what it costs in ``evaluation/judges/KEY.json``.
+    """Ask an endpoint, and keep count of what it costs in ``evaluation/judges/NAME.json``, whatever else changes.
+
+    The count is written after every ``parallel`` comparisons: a process that is killed forgets no more than these.
 
     Raises:
         JudgeError: It stopped; what was judged, and what that cost, is kept.
     """
-    ledger = f"evaluation/judges/{artefact_key(identity)}.json"
+    ledger = f"evaluation/judges/{config.name}.json"
     spent = workspace.read_json(ledger)["tokens"] if workspace.exists(ledger) else 0
     judge = make(config, spent)
+
+    def keep_count() -> None:
+        workspace.write_json(ledger, {"judge": config.name, "tokens": judge.spent})
+
     try:
         for task in tasks:
-            _judge_task(workspace, config, judge, prompts, task)
+            _judge_task(workspace, config, judge, prompts, task, keep_count)
     finally:
-        workspace.write_json(ledger, {"judge": config.name, "tokens": judge.spent})
+        keep_count()
         logger.info(f"judge {config.name}: {judge.spent - spent:,} tokens in this run, {judge.spent:,} in all")
 
 
@@ -173,6 +177,7 @@ def _judge_task(
     judge: Any,
     prompts: Mapping[str, Sequence[PreferencePair]],
     task: JudgingTask,
+    after_batch: Callable[[], None] | None = None,
 ) -> None:
     pairs = prompts[task.held_out]
     theirs: list[Item]
@@ -181,7 +186,7 @@ def _judge_task(
     else:
         theirs = read_items(workspace, task.theirs)
     ours = read_items(workspace, task.ours)
-    judge_answers(workspace, config, judge, pairs, ours, theirs, task.folder, task.made_from)
+    judge_answers(workspace, config, judge, pairs, ours, theirs, task.folder, task.made_from, after_batch)
 
 
 def _with_verdicts(

@@ -43,7 +43,8 @@ def run_lds(config: JobConfig, target: str) -> list[str]:
     names = [each.name for each in config.targets]
     if target not in names:
         raise ConfigError(f"lds: there is no target {target!r}; the configuration has {names}.")
-    alone = settings.model_copy(update={"arms": [target], "tasks": [], "judges": []})
+    # Its subsets have a size of their own: nothing is selected, judged, or measured on tasks.
+    alone = settings.model_copy(update={"arms": [target], "tasks": [], "judges": [], "budgets": [1.0], "counts": []})
     with prepared(config.model_copy(update={"evaluation": alone})) as evaluation:
         return _run(evaluation, target)
 

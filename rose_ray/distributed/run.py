@@ -7,7 +7,7 @@ nothing, a new target computes its bank and scores, a changed setting computes b
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import ray
 
@@ -42,23 +42,36 @@ logger = logging.getLogger(__name__)
 STAGES = ("ingest", "warmup", "bank", "features", "score", "select")
 
 
-def run_job(config: JobConfig, *, stages: Collection[str] = STAGES, new_warmup: bool = False) -> RunResult:
+def run_job(
+    config: JobConfig,
+    *,
+    stages: Collection[str] = STAGES,
+    new_warmup: bool = False,
+    check_pool: Callable[[Manifest], None] | None = None,
+) -> RunResult:
     """Run a job, computing what the workspace does not hold yet.
 
     Args:
         config: The checked configuration. Relative paths start at the working directory.
         stages: Which of ``STAGES`` to run; what one of them needs must be among them.
         new_warmup: Choose the warm-up's rows from today's pool instead of keeping the pinned warm-up.
+        check_pool: Raises where the caller cannot use this pool, before anything is computed from it.
 
     Raises:
         RoseError: Whatever is wrong with configuration, data, model, workspace or cluster.
         OSError: A file cannot be read or written, for instance because the disk is full.
     """
     with opened(config.workspace, config.lease.term, create=True) as workspace:
-        return _run_held(workspace, config, stages, new_warmup)
+        return _run_held(workspace, config, stages, new_warmup, check_pool)
 
 
-def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], new_warmup: bool) -> RunResult:
+def _run_held(
+    workspace: Workspace,
+    config: JobConfig,
+    stages: Collection[str],
+    new_warmup: bool,
+    check_pool: Callable[[Manifest], None] | None,
+) -> RunResult:
     _say_changes(workspace, config)
     job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
     if (before_us := abandoned_before(workspace)) is not None:
@@ -69,7 +82,7 @@ def _run_held(workspace: Workspace, config: JobConfig, stages: Collection[str], 
         with ray_session(config.ray), granted_resources(config):
             before = live_nodes()
             try:
-                _run(job, stages, new_warmup)
+                _run(job, stages, new_warmup, check_pool)
             finally:
                 lost = sorted(before - live_nodes())
                 job.result.events += [f"node lost: {node}" for node in lost]
@@ -98,7 +111,7 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
         logger.info(f"changed since the last run: {key}: {old!r} -> {new!r}; {what}")
 
 
-def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
+def _run(job: Job, stages: Collection[str], new_warmup: bool, check_pool: Callable[[Manifest], None] | None) -> None:
     needs = needs_of(job.config)
     if needs.any_model and job.config.model.deepspeed.offload_parameters == "nvme":
         ray.get(job.model_task(check_offload, job.config.model, device_of(job.config.ray)))
@@ -106,6 +119,8 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
     if "warmup" not in stages:
         return
     check_selections(job.config, pool.facts["sources"])
+    if check_pool is not None:
+        check_pool(pool)
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     check_test_text(job.config)

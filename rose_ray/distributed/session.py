@@ -129,6 +129,16 @@ def root_cause(error: BaseException) -> BaseException:
     return system_error or error
 
 
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Around work on Ray: errors of ours and of the operating system come out of it as they are."""
+    try:
+        yield
+    except BaseException as error:
+        cause = root_cause(error)
+        raise (cause if isinstance(cause, RoseError | OSError) else error) from None
+
+
 def _is_wrapper(error: BaseException) -> bool:
     # Ray raises a class made of its own and the cause's, which holds a traceback in place of the message.
     return hasattr(error, "as_instanceof_cause")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.distributed.methods import check_methods
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
+from rose_ray.evaluate.inputs import check_inputs
 from rose_ray.filesystem import expand, locate
 from rose_ray.methods.registry import method_of, needs_of
 from rose_ray.model.describe import describe_model
@@ -42,7 +44,17 @@ def validate_job(config: JobConfig) -> Iterator[str]:
     for target in config.targets:
         yield _target_line(target, tokeniser)
     check_test_text(config)
+    if config.evaluation is not None:
+        yield from _evaluation_lines(config, config.evaluation)
     yield "valid"
+
+
+def _evaluation_lines(config: JobConfig, settings: EvaluationConfig) -> Iterator[str]:
+    if settings.model is not None or settings.lora is not None:
+        model = settings.model or config.model
+        yield f"evaluation model {model.base}: {describe_model(model, settings.lora or config.lora).base}"
+    for benchmark in check_inputs(config, settings):
+        yield f"evaluation {benchmark.name}: {len(benchmark.pairs or benchmark.questions)} items ({benchmark.kind})"
 
 
 def _model_lines(config: JobConfig) -> Iterator[str]:

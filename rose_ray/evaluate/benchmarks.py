@@ -10,14 +10,17 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from rose_ray.config.evaluation import HeldOutConfig, TaskConfig
-from rose_ray.data.conversation import Message
+from rose_ray.data.asked import Asked, KnownQuestions
 from rose_ray.data.preferences import PreferencePair
+from rose_ray.data.tasks.pairs import row_asked, task_prompt
 from rose_ray.data.tasks.rows import TaskRow, TaskSpec, read_task_rows
 from rose_ray.errors import DataError, PairError
 from rose_ray.filesystem import expand
 from rose_ray.stores.manifest import artefact_key
 
 _NUM_LISTED = 20
+_FEW_SHOT = ("fewshot", "dev", "train", "auxiliary_train")
+"""Splits that may be there to be learned from: measured on only where they are named."""
 
 Kind = Literal["pairs", "multiple_choice", "exact_match", "answers"]
 
@@ -88,55 +91,76 @@ def answers_benchmark(held_out: Benchmark, max_prompts: int, max_new_tokens: int
     return Benchmark(held_out.name, "answers", pairs=pairs, settings=(("max_new_tokens", max_new_tokens),))
 
 
-def check_apart(steering: Mapping[str, Sequence[PreferencePair]], benchmarks: Iterable[Benchmark]) -> None:
+def check_apart(steering: Mapping[str, Iterable[Asked]], measured: Mapping[str, Mapping[str, Asked]]) -> None:
     """Refuse to measure on what steered a selection.
 
     Args:
-        steering: The pairs of every target.
-        benchmarks: To measure on.
+        steering: What the pairs of every target ask.
+        measured: What the items of every benchmark ask, by its name and their ids.
 
     Raises:
-        PairError: A benchmark holds a target's prompt; ids are listed.
+        PairError: A benchmark asks what a target's pairs ask; ids are listed.
     """
-    prompts = {_last_turn(pair.prompt): name for name, pairs in steering.items() for pair in pairs}
-    for benchmark in benchmarks:
-        asked = [(pair.pair_id, _last_turn(pair.prompt)) for pair in benchmark.pairs]
-        asked += [(question.item_id, question.text.strip()) for question in benchmark.questions]
-        shared = [f"{item_id} (target {prompts[text]})" for item_id, text in asked if text in prompts]
+    known = KnownQuestions()
+    for target, questions in steering.items():
+        for asked in questions:
+            known.add(asked, target)
+    for name, items in measured.items():
+        found = {item_id: known.find(asked) for item_id, asked in items.items()}
+        shared = [f"{item_id} (target {target})" for item_id, target in found.items() if target is not None]
         if shared:
             more = f" and {len(shared) - _NUM_LISTED} more" if len(shared) > _NUM_LISTED else ""
             raise PairError(
-                f"evaluation {benchmark.name}: {len(shared)} of {len(asked)} items ask what a target's pairs ask: "
-                f"{', '.join(shared[:_NUM_LISTED])}{more}. What steers a selection cannot measure it: take them out."
+                f"evaluation {name}: {len(shared)} of {len(items)} items ask what a target's pairs ask: "
+                f"{', '.join(shared[:_NUM_LISTED])}{more}. What steers a selection cannot measure it: take them out "
+                "(of a task by `leave_out`)."
             )
-
-
-def _last_turn(prompt: Sequence[Message]) -> str:
-    return prompt[-1].content.strip() if prompt else ""
 
 
 def read_task(config: TaskConfig, max_new_tokens: int) -> Benchmark:
     """Read questions, from the files that targets are made from too; ``max_new_tokens`` bounds exact answers.
 
     Raises:
-        DataError: A file cannot be read; rows are of another kind, of several splits and none chosen, or none is left;
-            ids stand twice. Files, rows and reasons are listed.
+        DataError: A file cannot be read; rows are of another kind, of several splits or a few-shot one and none chosen,
+            or none is left; ids stand twice, or are left out and not there. Files, rows and reasons are listed.
     """
-    kind = "multiple_choice" if config.kind == "multiple_choice" else "exact_answer"
-    spec = TaskSpec(kind, splits=None if config.splits is None else tuple(config.splits))
-    rows = read_task_rows(expand(config.files), spec)
-    questions = sorted((_question(row, config) for row in rows), key=lambda each: _place(config.name, each.item_id))
-    repeated = [one.item_id for one, next_one in pairwise(questions) if one.item_id == next_one.item_id]
-    if repeated:
-        raise DataError(
-            f"evaluation task {config.name}: ids stand twice: {', '.join(repeated[:_NUM_LISTED])}. Mend the file."
-        )
+    questions = [_question(row, config) for row in _rows(config)]
     settings: dict[str, Any] = {"extract": config.extract, "max_new_tokens": max_new_tokens}
     if config.kind == "multiple_choice":
         settings = {"options": config.options}
-    return Benchmark(
-        config.name, config.kind, questions=tuple(questions[: config.max_items]), settings=tuple(settings.items())
-    )
+    return Benchmark(config.name, config.kind, questions=tuple(questions), settings=tuple(settings.items()))
+
+
+def task_asked(config: TaskConfig) -> dict[str, Asked]:
+    """Return what the questions of `read_task` ask, by their ids; raises as it does."""
+    return {row.row_id: row_asked(row, _spec(config)) for row in _rows(config)}
+
+
+def _spec(config: TaskConfig) -> TaskSpec:
+    kind = "multiple_choice" if config.kind == "multiple_choice" else "exact_answer"
+    return TaskSpec(kind, splits=None if config.splits is None else tuple(config.splits))
+
+
+def _rows(config: TaskConfig) -> list[TaskRow]:
+    """The rows to measure on, in an order that depends on their ids alone."""
+    rows = read_task_rows(expand(config.files), _spec(config))
+    task = f"evaluation task {config.name}"
+    if config.splits is None and rows[0].split in _FEW_SHOT:
+        raise DataError(
+            f"{task}: {rows[0].where} is of split {rows[0].split!r}, which may be few-shot examples and not a test. "
+            f"Take another file, or set `splits: [{rows[0].split}]` to measure on it all the same."
+        )
+    rows.sort(key=lambda row: _place(config.name, row.row_id))
+    repeated = [one.row_id for one, next_one in pairwise(rows) if one.row_id == next_one.row_id]
+    if repeated:
+        raise DataError(f"{task}: ids stand twice: {', '.join(repeated[:_NUM_LISTED])}. Mend the file.")
+    left_out = set(config.leave_out)
+    if unknown := sorted(left_out - {row.row_id for row in rows}):
+        raise DataError(f"{task}: leave_out: no row has the id {', '.join(unknown[:_NUM_LISTED])}. Take it out.")
+    rows = [row for row in rows if row.row_id not in left_out]
+    if not rows:
+        raise DataError(f"{task}: leave_out leaves none of {len(left_out)} rows. Leave out fewer.")
+    return rows[: config.max_items]
 
 
 def _place(name: str, item_id: str) -> bytes:
@@ -149,8 +173,7 @@ def _question(row: TaskRow, config: TaskConfig) -> Question:
         return Question(row.row_id, subtask, row.question, answers=row.answers)
     if config.options == "letters":
         letters = tuple(ascii_uppercase[: len(row.options)])
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, row.options, strict=True))
-        return Question(row.row_id, subtask, f"{row.question}\n{listed}", letters, row.gold)
+        return Question(row.row_id, subtask, task_prompt(row, _spec(config)), letters, row.gold)
     # Published sets have rows with a choice twice: as a text it is one answer, right where the known one is.
     unique = tuple(dict.fromkeys(row.options))
     if len(unique) < 2:

@@ -5,6 +5,7 @@ The key is read from the environment when the judge starts, and stands in no mes
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ INSTRUCTION = (
 
 _VERDICT = re.compile(r"verdict\s*[:=]?\s*[*\"'(\[]*\s*(A|B|tie)\b", re.IGNORECASE)
 _BARE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
+_HEADER = re.compile(r"[!-~]+")
 _BYTES_PER_TOKEN = 3
 """Below what tokenizers reach on prose, so that an estimate is rather too high."""
 
@@ -55,6 +57,27 @@ class _Refused(Exception):
         self.lasting = lasting
 
 
+def endpoint_key(config: JudgeConfig) -> str:
+    """Return the key of an endpoint from the environment; empty where it needs none.
+
+    Raises:
+        ConfigError: The variable is not set, or holds what no header can.
+    """
+    if config.api_key_env is None:
+        return ""
+    key = os.environ.get(config.api_key_env, "")
+    where = f"judge {config.name}: the environment variable {config.api_key_env}"
+    if not key:
+        raise ConfigError(
+            f"{where} is not set. It has to hold the endpoint's key where `rose-ray evaluate` is started."
+        )
+    if not _HEADER.fullmatch(key):
+        raise ConfigError(
+            f"{where} holds white space, a line end or a character beyond ASCII. Set it to the key alone."
+        )
+    return key
+
+
 class EndpointJudge:
     """Asks an endpoint, one request a comparison. Safe to call from several threads.
 
@@ -64,21 +87,14 @@ class EndpointJudge:
         sleep: Waits; tests put in another.
 
     Raises:
-        ConfigError: The environment lacks the key.
+        ConfigError: As `endpoint_key`.
     """
 
     def __init__(self, config: JudgeConfig, spent: int = 0, sleep: Callable[[float], None] = time.sleep) -> None:
         assert config.url is not None
         self.config, self._sleep = config, sleep
         self.url = config.url.rstrip("/") + "/chat/completions"
-        self._key = ""
-        if config.api_key_env is not None:
-            self._key = os.environ.get(config.api_key_env, "")
-            if not self._key:
-                raise ConfigError(
-                    f"judge {config.name}: the environment variable {config.api_key_env} is not set. It has to hold "
-                    "the endpoint's key where `rose-ray evaluate` is started."
-                )
+        self._key = endpoint_key(config)
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
         self._spent, self._reserved = spent, 0
@@ -157,18 +173,24 @@ class EndpointJudge:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
         try:
-            with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
-                content = response.read(_MAX_REPLY_BYTES)
-        except urllib.error.HTTPError as error:
-            shown = self._shown(error.read(_MAX_REPLY_BYTES).decode(errors="replace"))
-            lasting = error.code < 500 and error.code not in (408, 409, 425, 429)
-            raise _Refused(f"HTTP {error.code}: {shown}", lasting=lasting) from None
-        except OSError as error:  # time is up, no connection, no such host
+            status, content = self._exchange(request)
+        except (OSError, http.client.HTTPException) as error:  # time is up, no such host, a reply that is no HTTP
             raise _Refused(self._shown(f"{type(error).__name__}: {error}"), lasting=False) from None
+        if status is not None:
+            lasting = status < 500 and status not in (408, 409, 425, 429)
+            raise _Refused(f"HTTP {status}: {self._shown(content.decode(errors='replace'))}", lasting=lasting)
         try:
             return json.loads(content)
         except ValueError:
             raise _Refused(f"not JSON: {self._shown(content.decode(errors='replace'))!r}", lasting=False) from None
+
+    def _exchange(self, request: urllib.request.Request) -> tuple[int | None, bytes]:
+        """Return the status, None where all is well, and what came back."""
+        try:
+            with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
+                return None, response.read(_MAX_REPLY_BYTES)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read(_MAX_REPLY_BYTES)
 
     def _shown(self, text: str) -> str:
         """A piece of what came back, without the key that some servers repeat."""

@@ -207,13 +207,16 @@ def judge_identity(config: JudgeConfig) -> dict[str, Any]:
     """Return what a judge's verdicts depend on. Keys, budgets and time limits are no part of it.
 
     Raises:
-        ModelError: A local model has no weights.
+        ModelError: A local model is not there, or has no weights.
     """
     identity: dict[str, Any] = {"version": JUDGE_VERSION, "kind": config.kind}
     if config.kind == "endpoint":
         return {**identity, "url": config.url, "model": config.model, "max_reply_tokens": config.max_reply_tokens}
     if config.model is not None:
-        identity["model"] = base_digest(resolve_base(_model_config(config)))
+        try:
+            identity["model"] = base_digest(resolve_base(_model_config(config)))
+        except ModelError as error:
+            raise ModelError(f"judge {config.name}: {error}") from error
     return {**identity, "tie_margin": config.tie_margin}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,8 +41,9 @@ def judge_answers(
     theirs: Sequence[Item],
     folder: str,
     made_from: dict[str, Any],
+    after_batch: Callable[[], None] | None = None,
 ) -> str:
-    """Judge answers to the same prompts in both orders, those that are not judged yet, and return the folder.
+    """Judge answers to the same prompts in both orders, those without a verdict yet, and return the folder.
 
     A verdict has ``item_id``, ``ours_first``, ``ours_second`` (preferences in the order shown), ``score`` (1 won in
     both orders, 0.5 tied or split, 0 lost; None without a verdict), ``length_difference`` (characters, ours less
@@ -55,6 +56,7 @@ def judge_answers(
         pairs: Whose prompts were answered.
         ours, theirs: Answers in the order of the pairs.
         folder, made_from: From `verdict_folder`.
+        after_batch: Called when ``parallel`` comparisons were asked about, before their verdicts are written.
 
     Raises:
         AccountingError: The answers are to other prompts.
@@ -71,6 +73,8 @@ def judge_answers(
     for start in range(0, len(waiting), config.parallel):
         batch = waiting[start : start + config.parallel]
         verdicts, failure = _judge_batch(config, judge, [(pairs[i], ours[i], theirs[i]) for i in batch])
+        if after_batch is not None:
+            after_batch()
         if verdicts:
             parts.append(_write_part(workspace, folder, len(parts), verdicts))
             done |= {verdict["item_id"]: verdict for verdict in verdicts}
@@ -186,14 +190,15 @@ def judge_numbers(
 
 
 def read_verdicts(workspace: Workspace, folder: str) -> list[Item]:
-    """Return the verdicts of a finished judging, by item id.
+    """Return the verdicts of a finished judging, by item id: the last of those that were asked for again.
 
     Raises:
         StoreError: They are not there, or altered.
     """
-    files = read_manifest(workspace, folder).files
-    verdicts = [json.loads(line) for f in files for line in workspace.read(f.path, f).decode().splitlines()]
-    return sorted(verdicts, key=lambda verdict: str(verdict["item_id"]))
+    last: dict[str, Item] = {}
+    for file in sorted(read_manifest(workspace, folder).files, key=lambda file: file.path):
+        last |= _by_item(workspace.read(file.path, file))
+    return [last[item_id] for item_id in sorted(last)]
 
 
 def _check_usable(config: JudgeConfig, verdicts: Sequence[Item], total: int) -> None:
@@ -208,15 +213,22 @@ def _check_usable(config: JudgeConfig, verdicts: Sequence[Item], total: int) -> 
 
 
 def _parts(workspace: Workspace, folder: str) -> tuple[list[FileRecord], dict[str, Item]]:
-    """What an earlier judging of the same left: parts written whole, one after the other."""
+    """What an earlier judging of the same left: parts written whole, one after the other, and their verdicts.
+
+    What got none is asked again: else a judge that stopped for nonsense would never recover.
+    """
     records: list[FileRecord] = []
     done: dict[str, Item] = {}
     for path in workspace.list_folder(folder):
         if path.rpartition("/")[2].startswith(_PART) and path.endswith(".jsonl"):
             data = workspace.read(path)
             records.append(workspace.write(path, data))  # the same bytes, for their record
-            done |= {verdict["item_id"]: verdict for verdict in map(json.loads, data.decode().splitlines())}
-    return records, done
+            done |= _by_item(data)
+    return records, {item_id: verdict for item_id, verdict in done.items() if verdict["score"] is not None}
+
+
+def _by_item(part: bytes) -> dict[str, Item]:
+    return {verdict["item_id"]: verdict for verdict in map(json.loads, part.decode().splitlines())}
 
 
 def _write_part(workspace: Workspace, folder: str, number: int, verdicts: Sequence[Item]) -> FileRecord:

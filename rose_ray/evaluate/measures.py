@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.data.conversation import Message
+from rose_ray.data.tasks.answers import final_answer, normalized_answer
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.errors import AccountingError, DataError, NonFiniteError, RowError
 from rose_ray.evaluate.benchmarks import Benchmark
@@ -162,13 +163,20 @@ def is_correct(answer: str, known: Sequence[str], extract: str) -> bool:
     Args:
         answer: The model's.
         known: Right answers, in the same form.
-        extract: ``text`` compares without case, punctuation and runs of white space; ``last_number`` the last number
-            of each, behind ``####`` where that stands.
+        extract: ``text`` compares without case, punctuation and runs of white space; ``final`` what each concludes
+            (`final_answer`), in the form in which targets compare answers; ``last_number`` the last number of each,
+            behind ``####`` where that stands.
     """
+    if extract == "final":
+        return _concluded(answer) in set(map(_concluded, known))
     if extract == "last_number":
         number = _last_number(answer)
         return number is not None and any(number == _last_number(each) for each in known)
     return _plain(answer) in {_plain(each) for each in known}
+
+
+def _concluded(text: str) -> str:
+    return normalized_answer(final_answer(text))
 
 
 def _last_number(text: str) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rose_ray.config.evaluation import EvaluationConfig, FineTuningConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.errors import ConfigError
 from rose_ray.evaluate.fine_tune import FINE_TUNE_VERSION
@@ -225,6 +226,11 @@ def budget_sizes(config: EvaluationConfig, num_pool_rows: int, num_scored: int) 
         )
     sizes |= {count / num_pool_rows: count for count in config.counts}
     return dict(sorted(sizes.items()))
+
+
+def selection_of_size(selection: SelectionConfig, size: int) -> SelectionConfig:
+    """Return a target's selection with so many rows as its budget."""
+    return selection.model_copy(update={"fraction": None, "tokens": None, "count": size})
 
 
 def _rows(share: float, num_pool_rows: int) -> int:

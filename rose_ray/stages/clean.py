@@ -189,9 +189,10 @@ def check_test_text(config: JobConfig) -> None:
         if settings is None or not settings.files:
             continue
         locations = expand(settings.files)
+        splits = None if settings.split is None else [settings.split]
         for target in config.targets:
             if target.name in names:
-                check_held_out(target, locations, key=f"{key}.decontaminate.files", split=settings.split)
+                check_held_out(target, locations, key=f"{key}.decontaminate.files", splits=splits)
         for _ in read_test_items(locations, fields=settings.fields, split=settings.split):
             pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.records import file_digest
@@ -10,23 +10,25 @@ from rose_ray.errors import ConfigError
 from rose_ray.filesystem import Location, expand
 
 
-def check_held_out(target: TargetConfig, held_out: Sequence[Location], *, key: str, split: str | None = None) -> None:
+def check_held_out(
+    target: TargetConfig, held_out: Sequence[Location], *, key: str, splits: Collection[str] | None = None
+) -> None:
     """Refuse held-out files that a target's pairs come from, by path or by content.
 
-    A file may serve both where either side names a split and the two differ.
+    A file may serve both where both sides name splits and these differ.
 
     Args:
         target: Its pairs.
         held_out: Files of test text or held-out pairs.
         key: Of the configuration that names them, for the message.
-        split: The only split that is read of them.
+        splits: The only splits that are read of them.
 
     Raises:
         ConfigError: A file is on both sides; it is named.
     """
     for entry in target.pairs:
         own = entry.task.split if entry.task is not None else None
-        if own is not None and split is not None and own != split:
+        if own is not None and splits is not None and own not in splits:
             continue
         for location, same in _shared(expand(entry.files), held_out):
             copy = "" if location.path == same.path else f", which holds the same bytes as {same.name}"

@@ -25,12 +25,13 @@ def check_selections(config: JobConfig, sources: Mapping[str, int]) -> None:
         ConfigError: A selection names a source that the pool lacks, or asks for more rows than it may choose from.
     """
     for number, target in enumerate(config.targets):
-        _check(f"targets.{number}.selection ({target.name})", target.selection, sources)
+        check_selection(f"targets.{number}.selection ({target.name})", target.selection, sources)
     if config.training_set is not None:
-        _check("training_set.selection", config.training_set.selection, sources)
+        check_selection("training_set.selection", config.training_set.selection, sources)
 
 
-def _check(key: str, selection: SelectionConfig, sources: Mapping[str, int]) -> None:
+def check_selection(key: str, selection: SelectionConfig, sources: Mapping[str, int]) -> None:
+    """Refuse one selection that this pool cannot give. ``key`` names it in messages; the rest as `check_selections`."""
     named = {
         "include_sources": selection.include_sources or [],
         "exclude_sources": selection.exclude_sources,

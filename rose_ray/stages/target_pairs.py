@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.config.task import TaskInput
+from rose_ray.data.asked import Asked, asked_by_text
 from rose_ray.data.conversation import Message
 from rose_ray.data.preferences import PreferencePair, Shot, check_pairs, read_pairs, shots_of_pairs, take_shots
 from rose_ray.data.tasks.pairs import TaskPair, read_questions, read_task_pairs
@@ -27,15 +28,31 @@ def read_target_pairs(target: TargetConfig, *, checked: bool = True) -> list[Pre
         DataError: A file cannot be read.
         PairError: Pairs that cannot be used, or too few of them.
     """
-    return read_target_shots(target, checked=checked)[0]
+    return _read(target, checked)[0]
 
 
 def read_target_shots(target: TargetConfig, *, checked: bool = True) -> tuple[list[PreferencePair], list[Shot]]:
     """Return what `read_target_pairs` does, and the shot that each pair is part of."""
+    pairs, made = _read(target, checked)
+    return pairs, shots_of_pairs(pairs, {pair_id: each.shot for pair_id, each in made.items()})
+
+
+def read_target_asked(target: TargetConfig) -> dict[str, Asked]:
+    """Return what each pair of a target asks, its last turn, by pair id. Errors are those of `read_target_pairs`."""
+    pairs, made = _read(target, checked=True)
+    return {pair.pair_id: made[pair.pair_id].asked if pair.pair_id in made else _last_turn(pair) for pair in pairs}
+
+
+def _last_turn(pair: PreferencePair) -> Asked:
+    return asked_by_text(pair.prompt[-1].content if pair.prompt else "")
+
+
+def _read(target: TargetConfig, checked: bool) -> tuple[list[PreferencePair], dict[str, TaskPair]]:
+    """Return the pairs, and by their ids those that were made from labelled rows."""
     if not target.pairs:
-        return [], []
+        return [], {}
     pairs: list[PreferencePair] = []
-    row_of: dict[str, str] = {}
+    made: dict[str, TaskPair] = {}
     for entry in target.pairs:
         if entry.task is None:
             pairs += read_pairs(
@@ -48,13 +65,13 @@ def read_target_shots(target: TargetConfig, *, checked: bool = True) -> tuple[li
                 checked=checked,
             )
             continue
-        for made in _task_pairs(entry, entry.task, target.name):
-            pairs.append(made.pair)
-            row_of[made.pair.pair_id] = made.shot
+        for each in _task_pairs(entry, entry.task, target.name):
+            pairs.append(each.pair)
+            made[each.pair.pair_id] = each
     if checked:
         check_pairs(pairs, target=target.name)
-    taken = take_shots(pairs, target.shots, target=target.name, row_of=row_of)
-    return taken, shots_of_pairs(taken, row_of)
+    rows = {pair_id: each.shot for pair_id, each in made.items()}
+    return take_shots(pairs, target.shots, target=target.name, row_of=rows), made
 
 
 def _task_pairs(entry: PairInput, task: TaskInput, target: str) -> list[TaskPair]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rose_ray.config import JobConfig
-from rose_ray.errors import ConfigError, PairError, StoreError
+from rose_ray.errors import ConfigError, ModelError, PairError, StoreError
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.tiny import tiny_job
 from tests.tiny import make_pair_rows, write_jsonl
@@ -90,11 +90,18 @@ def test_what_is_wrong_is_said_before_the_cluster_works(finished: FinishedJob, c
 
     with pytest.raises(ConfigError, match="no `evaluation` block"):
         run_evaluation(finished.config)
-    with pytest.raises(ConfigError, match=r"budgets 1000 are above the \d+ rows that were scored"):
+    with pytest.raises(ConfigError, match=r"evaluation\.counts: 1000 are above the \d+ unique rows of the pool"):
         run_evaluation(evaluated_job(finished, copied, counts=[1000]))
+    with pytest.raises(ModelError, match="no/such/model"):
+        run_evaluation(evaluated_job(finished, copied, model={"base": "no/such/model"}))
     own = [{"name": "unseen", "pairs": [{"files": [str(finished.inputs / "pairs.jsonl")]}]}]
-    with pytest.raises(PairError, match=r"evaluation unseen: 6 of 6 items ask what a target's pairs ask"):
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl, and evaluation\.held_out\.0\.pairs\.0\.files names it"):
         run_evaluation(evaluated_job(finished, copied, held_out=own))
+    pairs = [json.loads(line) for line in (finished.inputs / "pairs.jsonl").read_text().splitlines()]
+    other = write_jsonl(finished.inputs / "other.jsonl", pairs[1:])
+    asked = [{"name": "unseen", "pairs": [{"files": [str(other)]}]}]
+    with pytest.raises(PairError, match=r"evaluation unseen: 5 of 5 items ask what a target's pairs ask"):
+        run_evaluation(evaluated_job(finished, copied, held_out=asked))
 
 
 def test_a_training_that_diverges_is_a_missing_seed(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from rose_ray.data.asked import Asked, asked_by_row
 from rose_ray.data.conversation import Message
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tasks.answers import final_answer, is_same_answer, normalized_answer
@@ -36,10 +37,12 @@ class TaskPair:
     Attributes:
         pair: Its id is the row's with the wrong side's letter or number behind.
         shot: Id of the row.
+        asked: What the row asks.
     """
 
     pair: PreferencePair
     shot: str
+    asked: Asked
 
 
 def read_task_pairs(
@@ -128,6 +131,11 @@ def task_prompt(row: TaskRow, task: TaskSpec) -> str:
     return "\n".join(lines)
 
 
+def row_asked(row: TaskRow, task: TaskSpec) -> Asked:
+    """Return what a row asks, with its instruction and without."""
+    return asked_by_row(row, (task_prompt(row, task), task_prompt(row, replace(task, instruction=None))))
+
+
 def _subtask(row: TaskRow, field: str | None, target: str) -> str:
     if field is None:
         return row.subtask or target
@@ -150,7 +158,7 @@ def _pair(row: TaskRow, task: TaskSpec, label: str, rejected: str) -> TaskPair:
         raw_chosen=chosen,
         raw_rejected=rejected,
     )
-    return TaskPair(pair, row.row_id)
+    return TaskPair(pair, row.row_id, row_asked(row, task))
 
 
 def _wrong_sides(

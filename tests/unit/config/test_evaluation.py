@@ -56,6 +56,24 @@ ENDPOINT = {"name": "j", "kind": "endpoint", "url": "http://h/v1", "model": "m"}
             {"judges": [{**ENDPOINT, "url": "http://user:key@h/v1"}]},
             "credentials in the URI at evaluation.judges.0.url",
         ),
+        *(
+            (
+                {"judges": [{**ENDPOINT, "url": url}]},
+                rf"evaluation\.judges\.0\.url(.|\n)*{fault}(.|\n)*host\.example/v1",
+            )
+            for url, fault in [
+                ("host/v1", "does not begin with http://HOST"),
+                ("http:///v1", "does not begin with http://HOST"),
+                ("ftp://host/v1", "does not begin with http://HOST"),
+                ("http://a b/v1", "white space"),
+                ("http://h/v1\n", "white space"),
+                ("http://hôst/v1", "beyond ASCII"),
+                ("", "it is empty"),
+                ("http://h:port/v1", "it is no URL: Port"),
+                ("http://[::1/v1", "it is no URL: Invalid IPv6"),
+                ("http://h/v1?api-version=1", "cannot be added behind"),
+            ]
+        ),
         ({"judges": [ENDPOINT, ENDPOINT]}, r"names must differ, found \['j'\]"),
         ({"judge": []}, "did you mean 'judges'"),
     ],

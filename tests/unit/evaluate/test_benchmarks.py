@@ -11,7 +11,7 @@ from rose_ray.config.evaluation import HeldOutConfig, TaskConfig
 from rose_ray.config.target import PairInput
 from rose_ray.data.preferences import PreferencePair, read_pairs
 from rose_ray.errors import DataError, PairError
-from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, check_apart, held_out_benchmark, read_task
+from rose_ray.evaluate.benchmarks import Benchmark, answers_benchmark, held_out_benchmark, read_task
 from rose_ray.filesystem import locate
 from tests.tiny import make_pair_rows, write_jsonl
 
@@ -26,7 +26,9 @@ def task(tmp_path: Path, rows: list[dict[str, Any]], kind: str = "multiple_choic
 
 def test_choices(tmp_path: Path) -> None:
     (letters,) = task(tmp_path, [CHOICE]).questions
-    assert letters.text == "1+1?\nA. 3\nB. 2\nC. 4" and letters.options == ("A", "B", "C") and letters.gold == 1
+    assert (
+        letters.text == "1+1?\nA. 3\nB. 2\nC. 4\nAnswer:" and letters.options == ("A", "B", "C") and letters.gold == 1
+    )
     rows = [{**CHOICE, "id": number, "answer": answer} for number, answer in enumerate(["B", 1, "2"])]
     for question in task(tmp_path, rows, options="texts").questions:
         assert (question.text, question.options, question.gold) == ("1+1?", ("3", "2", "4"), 1)
@@ -92,6 +94,27 @@ def test_a_few_shot_split_is_not_measured_on(tmp_path: Path) -> None:
         task(tmp_path, rows, splits=["val"])
 
 
+@pytest.mark.parametrize("split", ["dev", "train", "fewshot"])
+def test_the_only_split_may_be_a_few_shot_one(tmp_path: Path, split: str) -> None:
+    rows = [{**CHOICE, "split": split}]
+    with pytest.raises(
+        DataError, match=rf"row 1 is of split '{split}', which may be few-shot(.|\n)*splits: \[{split}\]"
+    ):
+        task(tmp_path, rows)
+    assert len(task(tmp_path, rows, splits=[split]).questions) == 1
+
+
+def test_rows_can_be_left_out(tmp_path: Path) -> None:
+    rows = [{**CHOICE, "id": str(number)} for number in range(5)]
+    whole = task(tmp_path, rows)
+    few = task(tmp_path, rows, leave_out=["3", "0"])
+    assert few.questions == tuple(q for q in whole.questions if q.item_id not in ("0", "3"))
+    with pytest.raises(DataError, match="task t: leave_out: no row has the id 9"):
+        task(tmp_path, rows, leave_out=["9", "1"])
+    with pytest.raises(DataError, match="leaves none of 5 rows"):
+        task(tmp_path, rows, leave_out=[row["id"] for row in rows])
+
+
 def test_a_context_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected context as text, found"):
         task(tmp_path, [{"id": "a", "question": "Who?", "context": 3, "answer": "Ann"}], "exact_match")
@@ -135,14 +158,3 @@ def test_held_out_pairs_and_their_prompts(tmp_path: Path) -> None:
     asked = answers_benchmark(benchmark, 100, 5)
     assert len(asked.pairs) == 6 and len(answers_benchmark(benchmark, 2, 5).pairs) == 2
     assert asked.digest != answers_benchmark(benchmark, 100, 6).digest
-
-
-def test_what_steers_cannot_measure(tmp_path: Path) -> None:
-    rows = make_pair_rows(4)
-    steering = {"alpha": pairs(tmp_path, rows[:2])}
-    check_apart(steering, [held_out(tmp_path, rows[2:])])
-    with pytest.raises(PairError, match=r"evaluation h: 1 of 3 items ask .*pair-1 \(target alpha\)"):
-        check_apart(steering, [held_out(tmp_path, rows[1:])])
-    asked = [{**CHOICE, "question": rows[0]["prompt"]}]
-    with pytest.raises(PairError, match=r"evaluation t: 1 of 1"):
-        check_apart(steering, [task(tmp_path, asked, options="texts")])

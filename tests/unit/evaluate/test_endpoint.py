@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ import pytest
 
 from rose_ray.config.judge import JudgeConfig
 from rose_ray.data.conversation import Message
+from rose_ray.distributed.judging import JudgingTask, ask_endpoint
 from rose_ray.errors import ConfigError, JudgeError, TokenBudgetError
 from rose_ray.evaluate.endpoint import EndpointJudge, parse_verdict
 from rose_ray.evaluate.judges import Comparison
+from rose_ray.evaluate.judging import read_verdicts, verdict_folder
+from rose_ray.stores.manifest import commit_artefact
+from rose_ray.stores.workspace import Workspace
+from tests.unit.evaluate.test_judging import pairs
 
 COMPARISON = Comparison((Message("user", "Why is the sky blue?"),), "Air scatters light.", "It is.")
 KEY = "sk-very-secret"
@@ -150,6 +156,40 @@ def test_errors_that_stay_are_not(server: Server, monkeypatch: pytest.MonkeyPatc
     assert len(server.requests) == 1
 
 
+def sends_raw(data: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(data)
+        handler.close_connection = True
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
+        (b"", "RemoteDisconnected"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", "more than 100 headers"),
+    ],
+)
+def test_what_is_no_http_is_tried_again(server: Server, data: bytes, what: str) -> None:
+    server.replies = [sends_raw(data), says("Verdict: A")]
+    assert judge(server).rule(COMPARISON).preference == "first"
+    server.replies = [sends_raw(data)]
+    with pytest.raises(JudgeError, match=f"gave no reply in 3 tries of 5 s: .*{what}"):
+        judge(server).rule(COMPARISON)
+
+
+@pytest.mark.parametrize("key", ["sk-very\n", "sk very", "sk-vér", "\tsk-very"])
+def test_a_key_that_fits_no_header(server: Server, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds white space") as caught:
+        judge(server, api_key_env="JUDGE_KEY")
+    assert key.strip() not in str(caught.value)
+
+
 def test_a_redirect_does_not_carry_the_key_away(server: Server) -> None:
     server.replies = [sends(302, "", Location=f"{server.url}/elsewhere")]
     with pytest.raises(JudgeError, match="HTTP 302"):
@@ -200,29 +240,54 @@ def test_threads_share_the_budget(server: Server) -> None:
     assert stopped and asked.spent <= 1000
 
 
-def test_the_count_of_tokens_is_kept(server: Server, tmp_path: Path) -> None:
-    from rose_ray.distributed.judging import JudgingTask, ask_endpoint
-    from rose_ray.evaluate.judging import read_verdicts, verdict_folder
-    from rose_ray.stores.manifest import commit_artefact
-    from rose_ray.stores.workspace import Workspace
-    from tests.unit.evaluate.test_judging import pairs
-
+@pytest.fixture
+def judging(tmp_path: Path) -> tuple[Workspace, JudgingTask]:
+    """A workspace with answers of two models to three prompts."""
     workspace = Workspace.open(str(tmp_path), create=True)
     for name, answer in (("ours", "one"), ("theirs", "two")):
         text = "".join(json.dumps({"item_id": f"p{i}", "answer": answer}) + "\n" for i in range(3))
         record = workspace.write(f"{name}/items.jsonl", text.encode())
         commit_artefact(workspace, name, {"name": name}, [record], {}, {}, started=0.0, folder=name)
-    identity = {"kind": "endpoint"}
-    task = JudgingTask("h", "ours", "theirs", *verdict_folder(identity, "ours", "theirs"))
+    return workspace, JudgingTask("h", "ours", "theirs", *verdict_folder({"kind": "endpoint"}, "ours", "theirs"))
+
+
+def counting(server: Server, **settings: Any) -> JudgeConfig:
+    own = {"parallel": 1, "token_budget": 750, "max_reply_tokens": 20, **settings}
+    return JudgeConfig(name="gpt", kind="endpoint", url=server.url, model="big", **own)
+
+
+def test_the_count_of_tokens_is_kept(server: Server, judging: tuple[Workspace, JudgingTask]) -> None:
+    workspace, task = judging
     server.replies = [says("Verdict: A", tokens=200)]
-    config = JudgeConfig(
-        name="gpt", kind="endpoint", url=server.url, model="big", parallel=1, token_budget=750, max_reply_tokens=20
-    )
     with pytest.raises(TokenBudgetError):
-        ask_endpoint(workspace, config, identity, {"h": pairs(3)}, [task])
-    (ledger,) = (tmp_path / "evaluation/judges").iterdir()
-    assert json.loads(ledger.read_text()) == {"judge": "gpt", "tokens": 600}
-    more = config.model_copy(update={"token_budget": 5000})
-    ask_endpoint(workspace, more, identity, {"h": pairs(3)}, [task])
-    assert json.loads(ledger.read_text())["tokens"] == 600 + 4 * 200  # the comparison it stopped in is asked anew
+        ask_endpoint(workspace, counting(server), {"h": pairs(3)}, [task])
+    ledger = "evaluation/judges/gpt.json"
+    assert workspace.read_json(ledger) == {"judge": "gpt", "tokens": 600}
+    ask_endpoint(workspace, counting(server, token_budget=5000), {"h": pairs(3)}, [task])
+    assert workspace.read_json(ledger)["tokens"] == 600 + 4 * 200  # the comparison it stopped in is asked anew
     assert [v["score"] for v in read_verdicts(workspace, task.folder)] == [0.5, 0.5, 0.5]
+
+
+def test_the_count_holds_for_the_judges_name(server: Server, judging: tuple[Workspace, JudgingTask]) -> None:
+    workspace, task = judging
+    server.replies = [says("Verdict: A", tokens=200)]
+    with pytest.raises(TokenBudgetError):
+        ask_endpoint(workspace, counting(server), {"h": pairs(3)}, [task])
+    other = counting(server, max_reply_tokens=30).model_copy(update={"url": server.url + "/"})
+    other_task = replace(task, folder="evaluation/verdicts/other")
+    with pytest.raises(TokenBudgetError, match="600 of 750 tokens are spent"):
+        ask_endpoint(workspace, other, {"h": pairs(3)}, [other_task])
+
+
+def test_the_count_is_kept_while_it_grows(server: Server, judging: tuple[Workspace, JudgingTask]) -> None:
+    workspace, task = judging
+    counts = []
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        kept = workspace.exists("evaluation/judges/gpt.json")
+        counts.append(workspace.read_json("evaluation/judges/gpt.json")["tokens"] if kept else 0)
+        says("Verdict: A", tokens=200)(handler)
+
+    server.replies = [reply]
+    ask_endpoint(workspace, counting(server, token_budget=5000), {"h": pairs(3)}, [task])
+    assert counts == [0, 0, 400, 400, 800, 800]  # what a process killed at that moment would have left

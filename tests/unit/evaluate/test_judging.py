@@ -113,6 +113,27 @@ def test_too_many_without_a_verdict_stop_it(tmp_path: Path) -> None:
     assert [v["score"] for v in read_verdicts(workspace, folder)] == [None] * 5
 
 
+def test_nonsense_is_never_taken_for_judged(tmp_path: Path) -> None:
+    workspace = Workspace.open(str(tmp_path), create=True)
+    for _ in range(5):
+        with pytest.raises(JudgeError, match="have no verdict, above max_unusable"):
+            run(workspace, Scripted(lambda c: None))
+    folder, _ = verdict_folder({"kind": "test"}, "ours", "theirs")
+    assert find_manifest(workspace, folder) is None
+
+
+def test_a_judge_that_is_mended_goes_on_at_once(tmp_path: Path) -> None:
+    workspace = Workspace.open(str(tmp_path), create=True)
+    with pytest.raises(JudgeError, match="have no verdict"):
+        run(workspace, Scripted(lambda c: None if len(c.first + c.second) == len("longerfour") else longer(c)))
+    mended = Scripted(longer)
+    folder = run(workspace, mended)
+    assert [v["score"] for v in read_verdicts(workspace, folder)] == [1.0, 0.0, 1.0, 0.0, 1.0]
+    manifest = find_manifest(workspace, folder)
+    assert manifest is not None and manifest.counts == {"items": 5, "unusable": 0}
+    assert len(mended.asked) < 2 * 5  # what has a verdict is not asked again
+
+
 def test_answers_to_other_prompts_are_refused(tmp_path: Path) -> None:
     workspace = Workspace.open(str(tmp_path), create=True)
     with pytest.raises(AccountingError):

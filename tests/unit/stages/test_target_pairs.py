@@ -80,11 +80,11 @@ def test_a_file_of_pairs_is_not_held_out(tmp_path: Path) -> None:
     other = questions(tmp_path / "other.jsonl", "test")
     own = target({"files": [str(file)], "task": {**MC, "split": "dev"}})
     check_held_out(own, expand([str(other)]), key="k")
-    check_held_out(own, expand([str(file)]), key="k", split="test")
+    check_held_out(own, expand([str(file)]), key="k", splits=["test", "val"])
     with pytest.raises(ConfigError, match=r"pairs come from split 'dev' of .*q\.jsonl, and k names it as held out"):
         check_held_out(own, expand([str(file)]), key="k")
     with pytest.raises(ConfigError, match=r"q\.jsonl, which holds the same bytes as .*copy\.jsonl"):
-        check_held_out(own, expand([str(other), str(copy)]), key="k", split="dev")
+        check_held_out(own, expand([str(other), str(copy)]), key="k", splits=["test", "dev"])
 
 
 @needs_tasks
