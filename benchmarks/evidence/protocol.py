@@ -1,25 +1,26 @@
-"""The protocol as a configuration: tasks times selectors, one pool, one evaluation.
+"""The protocol as configurations: tasks times selectors, one pool, one evaluation a task.
 
 Every target is one selector on one task, named ``TASK-SELECTOR``. Three tasks are preference benchmarks; the fourth is
 a control whose answer is known: its pairs are held-out rows of one source of the pool, each against the answer of a row
 of another source, so what should be selected is that source.
+
+All configurations name one workspace, one pool and all targets, so the job runs once; each evaluates the targets of one
+task on its own held-out pairs. On two cores, measuring every model on every task would take longer than training it.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
-CONTROL_SOURCE = "gpteacher_codegen"
-"""Code: no other source of the pool looks like it, and it is a twelfth of the rows."""
+from benchmarks.evidence.pairs import TaskPairs, write_pairs
+from rose_ray.config.model import ModelConfig
+from rose_ray.model.tokenizer import load_tokeniser
 
-NUM_CONTROL_ROWS = 120
-"""Rows of the source held back: the first are the task's pairs, the others are measured on."""
+MAX_TOKENS = 1024
+"""Few pairs are longer, and they cost most."""
 
 SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "rose": {},
@@ -28,15 +29,8 @@ SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "less": {"method": "less"},
     "rds_plus": {"method": "rds_plus"},
     "bm25": {"method": "bm25"},
-    "random": {"method": "random"},
 }
-
-PREFERENCES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "hh": (("helpful", "hh_helpful"), ("harmless", "hh_harmless")),
-    "se": (("se", "se"),),
-    "shp": (("shp", "shp"),),
-}
-"""Subtasks of a task, each with the stem of its files."""
+"""Beside them stand random rows, the evaluation's reference, drawn anew for every seed."""
 
 
 @dataclass(frozen=True)
@@ -60,98 +54,81 @@ class Scale:
     epochs: int = 2
 
 
-def hold_back(pool: Path, folder: Path, scale: Scale) -> dict[str, Path]:
-    """Write the pool without the control's rows, and the control's pairs.
+@dataclass(frozen=True)
+class Protocol:
+    """What is run.
 
-    Args:
-        pool: Gzipped JSONL of conversations with a source.
-        folder: Where to.
-        scale: Its shots are the steering pairs.
-
-    Returns:
-        Paths of ``pool``, ``control_val`` and ``control_test``.
+    Attributes:
+        configs: By task.
+        left_out: Pairs passed over, by file; see `TaskPairs`.
     """
-    with gzip.open(pool, "rt", encoding="utf-8") as file:
-        lines = file.readlines()
-    rows = [json.loads(line) for line in lines]
-    random = Random(0)
-    own = [place for place, row in enumerate(rows) if row["source"] == CONTROL_SOURCE and len(row["messages"]) == 2]
-    held = sorted(random.sample(own, NUM_CONTROL_ROWS))
-    others = [row["messages"][-1]["content"] for row in rows if row["source"] != CONTROL_SOURCE]
-    pairs = []
-    for place in held:
-        row = rows[place]
-        prompt, answer = row["messages"][0]["content"], row["messages"][1]["content"]
-        # Of like length, so that length does not tell the sides apart.
-        drawn = random.sample(others, 200)
-        rejected = min(drawn, key=lambda other: abs(len(other) - len(answer)))
-        pairs.append({"id": row["id"], "prompt": prompt, "chosen": answer, "rejected": rejected})
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in ("pool", "control_val", "control_test")}
-    left_out = set(held)
-    paths["pool"].write_text("".join(line for place, line in enumerate(lines) if place not in left_out), "utf-8")
-    for name, part in (("control_val", pairs[: 2 * scale.shots]), ("control_test", pairs[2 * scale.shots :])):
-        paths[name].write_text("".join(json.dumps(pair) + "\n" for pair in part), "utf-8")
-    return paths
+
+    configs: dict[str, dict[str, Any]]
+    left_out: dict[str, int]
 
 
 def protocol(
     data: Path, scratch: Path, scale: Scale, tasks: Sequence[str], selectors: Sequence[str], base: str, dtype: str
-) -> dict[str, Any]:
-    """Return the configuration.
+) -> Protocol:
+    """Write pool and pairs, and return the configurations.
 
     Args:
-        data: Shared folder with ``data/`` and ``models/``.
+        data: Shared folder with ``data/``.
         scratch: For the workspace and what is written for it.
         scale: How much.
-        tasks: Of `PREFERENCES`, and ``control``.
+        tasks: Of `benchmarks.evidence.pairs.TASKS`.
         selectors: Of `SELECTORS`.
         base: Folder of the base model: selector and target model.
-        dtype: Of its weights while rows are scored.
+        dtype: Of its weights.
+
+    Raises:
+        ConfigError: A file has too few pairs that can be used.
     """
-    made = hold_back(data / "data/pool/pool.jsonl.gz", scratch, scale)
-    preferences = data / "data/preferences"
-    steering = {
-        task: [{"files": [str(preferences / f"{stem}_val.jsonl.gz")], "subtask": name} for name, stem in subtasks]
-        for task, subtasks in PREFERENCES.items()
-    } | {"control": [{"files": [str(made["control_val"])], "subtask": "control"}]}
-    held_out = {stem: preferences / f"{stem}_test.jsonl.gz" for task in tasks for _, stem in PREFERENCES.get(task, ())}
-    if "control" in tasks:
-        held_out["control"] = made["control_test"]
-    targets = []
-    for task in tasks:
-        for name in selectors:
-            settings = SELECTORS[name]
-            pairs = {} if settings.get("method") == "random" else {"pairs": steering[task], "shots": scale.shots}
-            targets.append(
-                {"name": f"{task}-{name}", **pairs, **settings, "selection": {"fraction": max(scale.budgets)}}
-            )
-    training = {
+    tokeniser = load_tokeniser(ModelConfig(base=base, max_tokens=MAX_TOKENS))
+    pairs = write_pairs(data, scratch, tokeniser, tasks, scale.shots, scale.held_out)
+    training: dict[str, Any] = {
         "epochs": scale.epochs,
         "learning_rate": 1e-3,
         "batch_size": 16,
         "max_batch_tokens": 2048,
     }
-    return {
+    job: dict[str, Any] = {
         "workspace": str(scratch / "workspace"),
-        "model": {"base": base, "dtype": dtype, "max_tokens": 1024},
+        "model": {"base": base, "dtype": dtype, "max_tokens": MAX_TOKENS},
         "lora": {"rank": 32, "alpha": 128, "dropout": 0.0},
         "pool": {
-            "inputs": [{"files": [str(made["pool"])], "source_field": "source"}],
+            "inputs": [{"files": [str(pairs.pool)], "source_field": "source"}],
             "sample_fraction": scale.share,
         },
-        "targets": targets,
+        "targets": _targets(pairs, scale, tasks, selectors),
         "warmup": {"fraction": 0.2, **training},
         "gradients": {"max_batch_tokens": 2048},
         "ray": {"address": "local", "actors": 2, "cpus_per_actor": 0.75},
-        "evaluation": {
-            "training": training,
-            "budgets": list(scale.budgets),
-            "seeds": list(scale.seeds),
-            "references": ["zero_shot", "random"],
-            "held_out": [
-                {"name": name, "pairs": [{"files": [str(path)]}], "max_pairs": scale.held_out}
-                for name, path in held_out.items()
-            ],
-        },
     }
+    evaluation: dict[str, Any] = {
+        "training": training,
+        # Fifty times the default, which is for large models; so is the rate of the fine-tuning.
+        "dpo": {"learning_rate": 2.5e-4, "max_batch_tokens": 2048},
+        "budgets": list(scale.budgets),
+        "seeds": list(scale.seeds),
+        "references": ["zero_shot", "random"],
+        "controls": ["dpo_shots", "sft_chosen"],
+    }
+    configs = {}
+    for task in tasks:
+        arms = [f"{task}-{name}" for name in selectors]
+        configs[task] = {**job, "evaluation": {**evaluation, "arms": arms, "held_out": pairs.held_out[task]}}
+    return Protocol(configs, pairs.left_out)
+
+
+def _targets(pairs: TaskPairs, scale: Scale, tasks: Sequence[str], selectors: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{task}-{name}",
+            "pairs": pairs.steering[task],
+            **SELECTORS[name],
+            "selection": {"fraction": max(scale.budgets)},
+        }
+        for task in tasks
+        for name in selectors
+    ]

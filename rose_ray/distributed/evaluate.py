@@ -65,7 +65,8 @@ class Evaluation:
         bench: What all models share.
         planner: Says what trainings depend on.
         scores: Of every arm.
-        population: Row ids that were scored for every arm, sorted.
+        scored: Row ids of every arm's score table, sorted: a method may set rows aside.
+        population: Row ids that were scored for some arm, sorted.
         sizes: Rows of every budget.
     """
 
@@ -74,6 +75,7 @@ class Evaluation:
     bench: Workbench
     planner: TrainingPlanner
     scores: Mapping[str, Manifest]
+    scored: Mapping[str, list[str]]
     population: list[str]
     sizes: Mapping[float, int]
 
@@ -136,7 +138,7 @@ def _prepare(
     job = Job(workspace, config)
     arms = settings.arms or [target.name for target in config.targets]
     scores = {arm: result.scores[arm] for arm in arms}
-    population = ray.get(job.task(scored_rows, workspace, list(scores.values())))
+    scored, population = ray.get(job.task(scored_rows, workspace, scores))
     bench = Workbench(
         workspace,
         result.pool,
@@ -150,14 +152,23 @@ def _prepare(
     )
     sizes = budget_sizes(settings, result.pool.counts["unique"], len(population))
     planner = TrainingPlanner(settings, trained.model, trained.lora, trained.identity)
-    return Evaluation(job, settings, bench, planner, scores, population, sizes)
+    return Evaluation(job, settings, bench, planner, scores, scored, population, sizes)
 
 
-def scored_rows(workspace: Workspace, scores: Sequence[Manifest]) -> list[str]:
-    """Return the ids of the rows that stand in every score table, sorted: a method may set rows aside."""
-    records = [manifest.file(SCORES_FILE) for manifest in scores]
-    tables = (workspace.read_table(record.path, record, columns=["row_id"]) for record in records)
-    return sorted(set.intersection(*(set(table["row_id"].to_pylist()) for table in tables)))
+def scored_rows(workspace: Workspace, scores: Mapping[str, Manifest]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the row ids of each arm's score table, and of all of them together, sorted.
+
+    What one method sets aside, as IFD does with rows that its instruction does not help, is no matter of the others:
+    random rows and the whole pool are drawn from what any arm scored.
+    """
+    by_arm = {}
+    for arm, manifest in scores.items():
+        record = manifest.file(SCORES_FILE)
+        by_arm[arm] = set(workspace.read_table(record.path, record, columns=["row_id"])["row_id"].to_pylist())
+    population = sorted(set().union(*by_arm.values()))
+    # One list for all arms that scored everything: there may be millions of rows.
+    scored = {arm: population if len(own) == len(population) else sorted(own) for arm, own in by_arm.items()}
+    return scored, population
 
 
 def run_evaluation(config: JobConfig) -> tuple[Index, list[str]]:
@@ -229,20 +240,17 @@ def _failed(trial: Trial, failures: Mapping[str, str]) -> str:
 
 
 def _selections(evaluation: Evaluation) -> dict[str, dict[float, list[str]]]:
-    """Select for every arm at every budget; the whole pool needs no selection."""
-    whole = len(evaluation.population)
+    """Select for every arm at every budget; all that an arm scored needs no selection."""
     asked = {
         (arm, budget): _selected(evaluation, arm, size)
-        for arm in evaluation.scores
+        for arm, scored in evaluation.scored.items()
         for budget, size in evaluation.sizes.items()
-        if size < whole
+        if size < len(scored)
     }
-    chosen: dict[str, dict[float, list[str]]] = {}
-    for arm in evaluation.scores:
-        own = chosen.setdefault(arm, {})
-        for budget, size in evaluation.sizes.items():
-            own[budget] = evaluation.population if size >= whole else ray.get(asked[arm, budget])
-    return chosen
+    return {
+        arm: {budget: ray.get(asked[arm, budget]) if (arm, budget) in asked else scored for budget in evaluation.sizes}
+        for arm, scored in evaluation.scored.items()
+    }
 
 
 def _selected(evaluation: Evaluation, arm: str, size: int) -> Any:

@@ -15,7 +15,7 @@ from rose_ray.distributed.evaluate import Evaluation, evaluation_config, prepare
 from rose_ray.distributed.tasks import SCORES_FILE
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.evaluate.benchmarks import Benchmark
-from rose_ray.evaluate.lds import LdsResult, foretold_sums, lds_lines, lds_result, random_subsets
+from rose_ray.evaluate.lds import LdsResult, RowScores, lds_lines, lds_result, random_subsets
 from rose_ray.evaluate.measures import pair_values
 from rose_ray.evaluate.report import REPORT_FOLDER
 from rose_ray.evaluate.results import resampling_of
@@ -71,13 +71,15 @@ def _run(evaluation: Evaluation, target: str) -> list[str]:
     if failures:
         raise RoseError(f"lds: {len(failures)} of {len(unique)} models failed: {next(iter(failures.values()))}")
     scores = ray.get(evaluation.job.task(row_scores, bench.workspace, evaluation.scores[target]))
-    foretold_S = foretold_sums(scores, subsets)
+    foretold_SC = scores.sums(subsets)
     betas = {held_out.name: held_out.dpo_beta for held_out in evaluation.config.held_out}
     results = []
     for benchmark in bench.benchmarks:
         beta = betas.get(benchmark.name, evaluation.config.held_out[0].dpo_beta)
         margins_SQ = _margins(evaluation, benchmark, trainings, measured, untrained, beta)
-        results.append(lds_result(benchmark.name, foretold_S, margins_SQ, resampling_of(evaluation.config)))
+        columns = scores.columns(benchmark.pairs)
+        resampling = resampling_of(evaluation.config)
+        results.append(lds_result(benchmark.name, foretold_SC, columns, margins_SQ, resampling))
     _write(bench.workspace, target, size, results)
     return list(lds_lines(target, results, size))
 
@@ -100,11 +102,14 @@ def _margins(
     return np.stack([pair_values(each, reference, **settings)["margin"] for each in items])
 
 
-def row_scores(workspace: Workspace, scores: Manifest) -> dict[str, float]:
-    """Return the score of every row of a score table, by its id."""
+def row_scores(workspace: Workspace, scores: Manifest) -> RowScores:
+    """Return the scores of every row of a score table."""
+    subtasks: list[str] = scores.facts["subtasks"]
+    columns = ["score", *(f"subtask_{name}" for name in subtasks)]
     record = scores.file(SCORES_FILE)
-    table = workspace.read_table(record.path, record, columns=["row_id", "score"])
-    return dict(zip(table["row_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    table = workspace.read_table(record.path, record, columns=["row_id", *columns])
+    scores_NC = np.stack([table[column].to_numpy().astype(np.float64) for column in columns], axis=1)
+    return RowScores(table["row_id"].to_pylist(), subtasks, scores_NC)
 
 
 def _write(workspace: Workspace, target: str, size: int, results: Sequence[LdsResult]) -> None:

@@ -22,7 +22,7 @@ from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.model.base import load_base
 from rose_ray.model.tokenizer import load_tokeniser, with_absolute_paths
-from rose_ray.stages.sample_answers import SAMPLE_VERSION, SamplingSettings, sample_answers
+from rose_ray.stages.sample_answers import SAMPLE_VERSION, SamplingSettings, sample_answers, what_is_asked
 from rose_ray.stages.target_pairs import target_questions
 from rose_ray.stores.lease import opened
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
@@ -56,14 +56,16 @@ def sample_target(config: JobConfig, name: str, settings: SamplingSettings) -> t
         job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
         try:
             with ray_session(config.ray), granted_resources(config):
-                made = _find_or_sample(job, questions, settings)
+                made = _find_or_sample(job, questions, settings, target.shots)
         except BaseException as error:
             cause = root_cause(error)
             raise (cause if isinstance(cause, RoseError | OSError) else error) from None
         return made, workspace.location(f"{made.folder}/{SAMPLES_FILE}").name
 
 
-def _find_or_sample(job: Job, questions: Mapping[str, Sequence[Message]], settings: SamplingSettings) -> Manifest:
+def _find_or_sample(
+    job: Job, questions: Mapping[str, Sequence[Message]], settings: SamplingSettings, shots: int | None
+) -> Manifest:
     text = repr([(row_id, [(turn.role, turn.content) for turn in turns]) for row_id, turns in questions.items()])
     made_from = {
         "stage": "samples",
@@ -76,7 +78,7 @@ def _find_or_sample(job: Job, questions: Mapping[str, Sequence[Message]], settin
     known = find_manifest(job.workspace, f"samples/{artefact_key(made_from)}")
     if known is not None:
         return known
-    logger.info(f"samples: {len(questions):,} questions, {settings.num_samples} answers each")
+    logger.info(what_is_asked(len(questions), settings.num_samples, shots))
     device = device_of(job.config.ray)
     arguments = (job.workspace, job.config.model, dict(questions), settings, made_from, device)
     made: Manifest = ray.get(job.model_task(_sample, *arguments))

@@ -178,7 +178,8 @@ def select_target(
     columns = [column for column in CORRELATED_COLUMNS if "method" not in scores[0].facts or column in OF_TOKENS]
     further = {column: functools.partial(first.numbers, column) for column in columns}
     by_gradients = all("method" not in each.facts for each in scores)
-    summary = {"target": name, **selection_summary(candidates, further, positions, by_gradients=by_gradients)}
+    objectives = {each.facts["objective"] for each in scores} if by_gradients else set()
+    summary = {"target": name, **selection_summary(candidates, further, positions, objectives=objectives)}
     with PlacedSpool(SELECTED, "place", len(positions)) as selected:
         for rows in _selected_rows(workspace, pool, chosen_rows(candidates, positions)):
             selected.append(rows)

@@ -23,6 +23,7 @@ class Entry:
         measures: Folder of its numbers by ``KIND/NAME`` of the benchmark; empty where it failed or has not run.
         verdicts: Folder of the verdicts by ``JUDGE/HELD_OUT``.
         failure: Why it has no numbers; empty where nothing failed.
+        budget_rows: As in `Trial`.
     """
 
     arm: str
@@ -33,6 +34,7 @@ class Entry:
     measures: dict[str, str] = field(default_factory=dict)
     verdicts: dict[str, str] = field(default_factory=dict)
     failure: str = ""
+    budget_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def make_index(
             trial.training.key,
             dict(measured.get(trial.training.key, {})),
             failure=failures.get(trial.training.key, ""),
+            budget_rows=trial.budget_rows,
         )
         for trial in trials
     ]

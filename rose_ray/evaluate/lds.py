@@ -1,20 +1,21 @@
 """Do scores add up to what training does? Trainings on random subsets against the sums of their scores.
 
-Shapes: N scored rows, S subsets, Q pairs.
+Shapes: N scored rows, S subsets, Q pairs, C columns of scores: the score, then one a subtask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.config.evaluation import LdsConfig
+from rose_ray.data.preferences import PreferencePair
 from rose_ray.kernels.bootstrap import Estimate, Resampling, unit_estimate
 from rose_ray.kernels.correlation import spearman
-from rose_ray.kernels.datamodel import DatamodelScore, datamodel_score
+from rose_ray.kernels.datamodel import DatamodelScore, datamodel_score, subset_sums
 from rose_ray.stages.warmup import seeded_order
 
 
@@ -25,7 +26,7 @@ class LdsResult:
     Attributes:
         benchmark: Its name.
         overall: Spearman of the sums with the mean margin, interval over subsets; None where either does not vary.
-        by_pair: Mean over the pairs of each one's own correlation.
+        by_pair: Mean over the pairs of each one's own correlation with the sums for its subtask.
         foretold_S, measured_S: Sums of scores, mean margins.
     """
 
@@ -41,30 +42,57 @@ def random_subsets(row_ids: Sequence[str], size: int, settings: LdsConfig) -> li
     return [seeded_order(row_ids, f"lds-{settings.seed}-{number}")[:size] for number in range(settings.subsets)]
 
 
-def foretold_sums(scores: Mapping[str, float], subsets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Return the summed scores of each subset, [S]."""
-    return np.array([np.sum([scores[row_id] for row_id in subset], dtype=np.float64) for subset in subsets])
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """A target's score table.
+
+    Attributes:
+        row_ids: N of them.
+        subtasks: C - 1 names.
+        scores_NC: The score, then that of each subtask.
+    """
+
+    row_ids: Sequence[str]
+    subtasks: Sequence[str]
+    scores_NC: NDArray[np.float64]
+
+    def sums(self, subsets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+        """Return the summed scores of each subset of row ids, [S, C]."""
+        places = {row_id: place for place, row_id in enumerate(self.row_ids)}
+        return subset_sums(self.scores_NC, [np.array([places[row_id] for row_id in subset]) for subset in subsets])
+
+    def columns(self, pairs: Sequence[PreferencePair]) -> list[int]:
+        """Return each pair's column, Q of them: its subtask's, or the score's where the target has no such subtask."""
+        known = {name: place for place, name in enumerate(self.subtasks, start=1)}
+        return [known.get(pair.subtask, 0) for pair in pairs]
 
 
 def lds_result(
-    benchmark: str, foretold_S: NDArray[np.float64], margins_SQ: NDArray[np.float64], resampling: Resampling
+    benchmark: str,
+    foretold_SC: NDArray[np.float64],
+    columns: Sequence[int],
+    margins_SQ: NDArray[np.float64],
+    resampling: Resampling,
 ) -> LdsResult:
     """Compare sums of scores with margins.
 
     Args:
         benchmark: Name of what was measured on.
-        foretold_S: From `foretold_sums`.
+        foretold_SC: From `RowScores.sums`; the first column is compared with the mean margin.
+        columns: From `RowScores.columns`: what each pair's margin is compared with.
         margins_SQ: Margin of every pair after training on each subset; the untrained model's are 0.
         resampling: Of the subsets.
 
     Raises:
         NumericsError: Nothing varies.
     """
+    foretold_S = foretold_SC[:, 0]
     measured_S = margins_SQ.mean(axis=1)
     overall = unit_estimate(
         len(foretold_S), lambda taken_S: spearman(foretold_S[taken_S], measured_S[taken_S]), resampling
     )
-    by_pair = datamodel_score(foretold_S, margins_SQ, num_resamples=resampling.num_resamples, seed=resampling.seed)
+    foretold_SQ = foretold_SC[:, list(columns)]
+    by_pair = datamodel_score(foretold_SQ, margins_SQ, num_resamples=resampling.num_resamples, seed=resampling.seed)
     return LdsResult(benchmark, overall, by_pair, foretold_S, measured_S)
 
 

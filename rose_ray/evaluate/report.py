@@ -15,7 +15,7 @@ from rose_ray.evaluate.index import Index
 from rose_ray.evaluate.judging import VERDICTS_FOLDER, read_verdicts
 from rose_ray.evaluate.measures import Item
 from rose_ray.evaluate.results import Reader, resampling_of, table_numbers
-from rose_ray.evaluate.table import table_csv, table_json, table_lines
+from rose_ray.evaluate.table import budget_text, table_csv, table_json, table_lines
 from rose_ray.evaluate.work import read_items
 from rose_ray.kernels.association import cohen_kappa
 from rose_ray.kernels.bootstrap import unit_estimate
@@ -38,7 +38,7 @@ def write_report(workspace: Workspace, index: Index, config: EvaluationConfig) -
     """
     read = reader(workspace)
     numbers = table_numbers(index, config, read)
-    lines = [*table_lines(numbers, config.intervals.level), *judge_lines(index, config, read)]
+    lines = [*table_lines(numbers, config.intervals.level), *budget_lines(index), *judge_lines(index, config, read)]
     content = {"table.csv": table_csv(numbers), "table.json": table_json(numbers), "table.txt": "\n".join(lines) + "\n"}
     for benchmark, measure in dict.fromkeys((number.benchmark, number.measure) for number in numbers):
         svg = curves_svg(numbers, benchmark, measure)
@@ -57,6 +57,20 @@ def reader(workspace: Workspace) -> Reader:
         return read_verdicts(workspace, folder) if folder.startswith(VERDICTS_FOLDER) else read_items(workspace, folder)
 
     return read
+
+
+def budget_lines(index: Index) -> Iterator[str]:
+    """Yield which arms scored fewer rows than a budget asks for: their row of the table is of all that they scored."""
+    short = {
+        (entry.arm, entry.budget): (entry.num_rows, entry.budget_rows)
+        for entry in index.entries
+        if entry.budget_rows is not None and entry.num_rows < entry.budget_rows
+    }
+    for (arm, budget), (found, wanted) in short.items():
+        yield (
+            f"{arm} at {budget_text(budget)}: {found:,} rows, all that it scored; {wanted:,} were asked for. The other "
+            "rows of the pool were rejected for it."
+        )
 
 
 def judge_lines(index: Index, config: EvaluationConfig, read: Reader) -> Iterator[str]:

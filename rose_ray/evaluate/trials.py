@@ -72,6 +72,7 @@ class Trial:
         num_rows: Rows, or pairs, trained on.
         seed: None for the untrained model.
         training: What makes its model.
+        budget_rows: Of an arm, rows that the budget asks for: more than ``num_rows`` where the arm scored fewer.
     """
 
     arm: str
@@ -79,6 +80,7 @@ class Trial:
     num_rows: int
     seed: int | None
     training: Training
+    budget_rows: int | None = None
 
 
 class TrainingPlanner:
@@ -144,7 +146,7 @@ def plan_trials(
     Args:
         planner: From the same configuration.
         selections: Row ids by arm and budget.
-        population: Row ids that random rows are drawn from: the whole pool.
+        population: Row ids that random rows are drawn from, and the rows of ``full``: all that some arm scored.
         pairs: Of every arm's target.
         sizes: Rows of each budget.
     """
@@ -158,7 +160,9 @@ def plan_trials(
             trials.append(Trial(RANDOM, budget, size, seed, planner.on_rows(rows, seed)))
     for arm, chosen in selections.items():
         for budget, row_ids in chosen.items():
-            trials += [Trial(arm, budget, len(row_ids), seed, planner.on_rows(row_ids, seed)) for seed in config.seeds]
+            for seed in config.seeds:
+                training = planner.on_rows(row_ids, seed)
+                trials.append(Trial(arm, budget, len(row_ids), seed, training, sizes[budget]))
     if FULL in config.references:
         size = len(population)
         trials += [Trial(FULL, 1.0, size, seed, planner.on_rows(population, seed)) for seed in config.seeds]
@@ -173,7 +177,7 @@ def plan_trials(
 
 
 def random_rows(population: Sequence[str], seed: int, size: int) -> list[str]:
-    """Return random rows of the pool; those of a larger size hold those of a smaller one."""
+    """Return random rows of the population; those of a larger size hold those of a smaller one."""
     return seeded_order(population, f"evaluation-random-{seed}")[:size]
 
 
@@ -214,7 +218,7 @@ def budget_sizes(config: EvaluationConfig, num_pool_rows: int, num_scored: int) 
     A share is rounded as in a selection; 1 stands for every scored row.
 
     Raises:
-        ConfigError: A count, or a share of a pool with rejected rows, is above what was scored.
+        ConfigError: A count, or a share of a pool with rejected rows, is above what was scored for any arm.
     """
     sizes = {share: num_scored if share == 1 else _rows(share, num_pool_rows) for share in config.budgets}
     above = [str(count) for count in config.counts if count > num_scored]

@@ -34,6 +34,7 @@ class Nuggets(Method[NuggetsOptions]):
     """
 
     options_model = NuggetsOptions
+    version = 2
 
     def __init__(self, options: NuggetsOptions) -> None:
         super().__init__(options)
@@ -57,10 +58,12 @@ class Nuggets(Method[NuggetsOptions]):
     def prepare(self, target: Target, statistics: Arrays, model: MethodModel | None) -> Arrays:
         """Return the anchors and the log-probabilities of their answers alone."""
         assert model is not None
-        bound = model.max_batch_tokens
+        bound, limit = model.max_batch_tokens, context_limit(model)
         if self.options.anchors == "pool":
             texts = unpack_texts(statistics["texts"])
-            drawn = [model.tokeniser.encode(parse_conversation(text)) for text in texts]
+            encoded = (model.tokeniser.encode(parse_conversation(text)) for text in texts)
+            # A row that fills the model leaves no room for a demonstration. Nobody chose it, so another one is taken.
+            drawn = [sample for sample in encoded if len(sample.input_ids) < limit]
             places = pool_anchors(
                 model.scoring, drawn, self.options.num_anchors, self.options.seed, max_batch_tokens=bound
             )
@@ -71,7 +74,7 @@ class Nuggets(Method[NuggetsOptions]):
             model.scoring,
             samples,
             names,
-            limit=context_limit(model),
+            limit=limit,
             bos_token_id=beginning_token(model.tokeniser),
             max_batch_tokens=bound,
         )

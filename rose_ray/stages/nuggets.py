@@ -74,7 +74,7 @@ def prepare_anchors(
     if full:
         raise ModelError(
             f"{len(full)} of {len(samples)} anchors fill the {limit} tokens that they share with a demonstration: "
-            f"{full[:10]}. Lower model.max_tokens, or leave them out."
+            f"{full[:10]}. Take these pairs out of the target, or lower model.max_tokens."
         )
     with model.without_adapter():
         found = sample_logps(model, samples, "sum_logps", max_batch_tokens=max_batch_tokens)

@@ -19,6 +19,17 @@ SAMPLE_VERSION = 2
 """Raised whenever the same model would be asked otherwise."""
 
 
+def what_is_asked(num_questions: int, num_samples: int, shots: int | None) -> str:
+    """Say how much a model is asked, and why more than the target's ``shots``."""
+    text = f"samples: {num_questions:,} questions, {num_samples} answers each"
+    if shots is None:
+        return text
+    return (
+        f"{text}. The target takes {shots} of a subtask, the first with a wrong answer; which these are is not known "
+        "before. To ask fewer, let its files hold fewer rows."
+    )
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How a model is asked.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,10 @@ SELECT_VERSION = 1
 
 RECORD_KEY = "rose_ray"
 """The key under which a selected record carries its row_id, score, place and source."""
+
+
+CHOSEN_ONLY = "less"
+"""The objective whose score is about the chosen answers alone, not about a margin."""
 
 
 def chosen_rows(candidates: Candidates, positions: np.ndarray) -> pa.Table:
@@ -111,7 +115,7 @@ def selection_summary(
     columns: Mapping[str, Callable[[], np.ndarray]],
     positions: np.ndarray,
     *,
-    by_gradients: bool = True,
+    objectives: Collection[str] = ("rose",),
 ) -> dict[str, Any]:
     """Return what a person wants to know of a selection.
 
@@ -119,7 +123,7 @@ def selection_summary(
         candidates: What was chosen from.
         columns: Read further columns (labelled tokens, gradient norm, ...), which are correlated with the score.
         positions: From ``choose``.
-        by_gradients: Whether the sign of a score means something.
+        objectives: Of the targets; none where the sign of a score means nothing.
 
     Returns:
         Counts, shares by source, Spearman correlations (None where a column is constant), and warnings.
@@ -128,10 +132,10 @@ def selection_summary(
     values = scores_N[positions].astype(np.float64)
     not_positive = int((values <= 0).sum())
     warnings = []
-    if not_positive and by_gradients:
+    if not_positive and objectives:
         warnings.append(
             f"{not_positive} of {len(positions)} selected rows have scores that are not positive: to first order they "
-            "lower the reward margin or leave it. Select less."
+            f"{_harm(set(objectives))}. Select less."
         )
     ranks_N = doubled_ranks(scores_N)
     num_rows = len(scores_N)
@@ -147,6 +151,12 @@ def selection_summary(
         },
         "warnings": warnings,
     }
+
+
+def _harm(objectives: set[str]) -> str:
+    harms = ["lower the reward margin or leave it"] if objectives - {CHOSEN_ONLY} else []
+    harms += ["do not lower the loss of the chosen answers"] if CHOSEN_ONLY in objectives else []
+    return ", or ".join(harms)
 
 
 def _shares(sources: Sources, positions: np.ndarray) -> dict[str, Any]:

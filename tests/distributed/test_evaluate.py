@@ -85,6 +85,28 @@ def test_a_whole_evaluation(finished: FinishedJob, copied: Path, caplog: pytest.
     assert before == {path: path.stat().st_mtime_ns for path in (copied / "evaluation").rglob("manifest.json")}
 
 
+def test_what_one_arm_rejects_changes_no_other(finished: FinishedJob, copied: Path) -> None:
+    from rose_ray.distributed.evaluate import report_lines, run_evaluation
+
+    changes = {"controls": [], "tasks": [], "judges": [], "budgets": [0.1, 0.9, 1.0], "seeds": [0]}
+    job = evaluated_job(finished, copied, **changes)
+    hard = {"name": "hard", "method": "ifd", "selection": {"count": 3}}
+    targets = [*(target.model_dump() for target in job.targets), hard]
+    content = {**job.model_dump(), "targets": targets}
+    assert job.evaluation is not None
+    alone, _ = run_evaluation(JobConfig.model_validate(content))
+    both = job.evaluation.model_copy(update={"arms": ["alpha", "hard"]})
+    config = JobConfig.model_validate({**content, "evaluation": both.model_dump()})
+    together, failed = run_evaluation(config)
+    assert failed == [] and [entry for entry in together.entries if entry.arm != "hard"] == alone.entries
+    rows = {entry.budget: (entry.num_rows, entry.budget_rows) for entry in together.entries if entry.arm == "hard"}
+    assert rows[0.1] == (7, 7)
+    assert rows[0.9][0] == rows[1.0][0] < 63 == rows[0.9][1]
+    assert f"hard at 90 %: {rows[1.0][0]} rows, all that it scored; 63 were asked for" in "\n".join(
+        report_lines(config)
+    )
+
+
 def test_what_is_wrong_is_said_before_the_cluster_works(finished: FinishedJob, copied: Path) -> None:
     from rose_ray.distributed.evaluate import run_evaluation
 

@@ -5,8 +5,8 @@
                        ``SUBJECT_SPLIT.csv``, split one of ``SPLITS``
 ``.json``, an object   ``examples``: objects with ``input`` and ``target`` (BIG-Bench Hard as released); the name is the
                        subtask's, the split ``test``
-``.txt``               worked examples behind a line of dashes: ``Q: ...``, ``A: ...`` (its ``cot-prompts``), split
-                       ``fewshot``; without such a line, a ``text`` a line
+``.txt``               an instruction and worked examples behind a line of dashes: ``Q: ...``, ``A: ...`` (its
+                       ``cot-prompts``), split ``fewshot``; without such a line, a ``text`` a line
 ``.jsonl``, ``.json``  records with keys, as `rose_ray.data.records` reads them; also ``.ndjson``, ``.parquet``
 ``.tar.gz``, ``.tar``  members of these kinds by name; members of other kinds, such as a licence, are passed over
 =====================  ================================================================================================
@@ -55,12 +55,14 @@ class LabelledRecord:
         stem: The file's name without folder and endings, and without the split of a CSV.
         place: Number of the row in its file, from 1; lines in JSONL.
         value: Keys and values. A CSV row has ``question``, ``choices``, ``answer`` and ``split``.
+        instruction: What the file says of the task before its worked examples; empty elsewhere.
     """
 
     file: str
     stem: str
     place: int
     value: dict[str, Any] | RejectedRecord
+    instruction: str = ""
 
 
 def iter_labelled(location: Location) -> Iterator[LabelledRecord]:
@@ -195,7 +197,7 @@ def _worked_examples(location: Location, stem: str, compression: str | None) -> 
             if line.strip():
                 yield LabelledRecord(location.name, stem, place, {"text": line.strip()})
         return
-    blocks = re.split(r"^Q: ", body, flags=re.MULTILINE)[1:]
+    instruction, *blocks = re.split(r"^Q: ", body, flags=re.MULTILINE)
     if not blocks:
         raise DataError(f"{location.name}: expected 'Q: ...' and 'A: ...' behind the line '-----'; found none.")
     for place, block in enumerate(blocks, start=1):
@@ -208,4 +210,4 @@ def _worked_examples(location: Location, stem: str, compression: str | None) -> 
         }
         if not answer_mark:
             value = RejectedRecord(place, "no_answer", "expected a line that begins with 'A: ' behind the question")
-        yield LabelledRecord(location.name, stem, place, value)
+        yield LabelledRecord(location.name, stem, place, value, instruction.strip())

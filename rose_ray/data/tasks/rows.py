@@ -57,7 +57,7 @@ class TaskRow:
         subtask: Subject, language, kind of problem; None where the record names none.
         split: As the record or its file says; None where neither does.
         where: File and row, for messages.
-        question: Question with its context, or the text to sum up.
+        question: Question with its context, behind its file's instruction; or the text to sum up.
         options: Of a multiple choice, in order; else empty.
         gold: Place of the right option.
         answers: Every labelled answer; the first is the one that is trained on.
@@ -139,6 +139,8 @@ def task_row(record: LabelledRecord, task: TaskSpec) -> TaskRow:
             raise RowError("wrong_task", f"expected context as text, found {kind_of(context)}")
         if context and context.strip():
             question = f"{context}\n\nQuestion: {question}"
+        if record.instruction:
+            question = f"{record.instruction}\n\n{question}"
         answers = _answers(value)
     else:
         for field in (task.document_field, task.summary_field):

@@ -19,7 +19,7 @@ from rose_ray.config.target import PairInput
 from rose_ray.errors import AccountingError
 from rose_ray.evaluate.curves import curves_svg
 from rose_ray.evaluate.index import Entry, Index
-from rose_ray.evaluate.report import judge_lines
+from rose_ray.evaluate.report import budget_lines, judge_lines
 from rose_ray.evaluate.results import Number, table_numbers
 from rose_ray.evaluate.table import table_csv, table_json, table_lines
 
@@ -151,6 +151,18 @@ def test_knees_and_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_seed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(table_lines(curve(monkeypatch, [0.0, 8.0, 9.0, 10.0]), 0.95))
     assert "rose at 1 %: one seed, so its intervals are over items alone" in text
+
+
+def test_a_budget_above_what_an_arm_scored_is_said() -> None:
+    rows = [
+        entry("rose", 0.5, 0, "one", budget_rows=10),
+        *(entry("ifd", 0.5, seed, "one", budget_rows=1500) for seed in (0, 1)),
+        entry("random", 0.5, 0, "one"),
+    ]
+    assert list(budget_lines(Index(rows, {}, [0, 1], 3000))) == [
+        "ifd at 50 %: 10 rows, all that it scored; 1,500 were asked for. The other rows of the pool were rejected for "
+        "it."
+    ]
 
 
 def test_agreement_of_judges() -> None:

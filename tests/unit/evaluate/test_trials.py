@@ -73,6 +73,19 @@ def test_equal_content_is_one_model() -> None:
     assert found["rose", 0.1, 0] == found["less", 0.1, 0] != found["random", 0.1, 0]
 
 
+def test_an_arm_that_scored_fewer_rows_moves_no_other() -> None:
+    evaluation = config(budgets=[0.1, 0.5, 1.0])
+    sizes = budget_sizes(evaluation, 20, 20)
+    rose = {share: POPULATION[:size] for share, size in sizes.items()}
+    strict = {share: POPULATION[:size][:6] for share, size in sizes.items()}
+    alone = plan_trials(planner(evaluation), {"rose": rose}, POPULATION, {"rose": PAIRS}, sizes)
+    pairs = {"rose": PAIRS, "strict": PAIRS}
+    both = plan_trials(planner(evaluation), {"rose": rose, "strict": strict}, POPULATION, pairs, sizes)
+    assert [trial for trial in both if trial.arm != "strict"] == alone
+    rows = [(t.budget, t.num_rows, t.budget_rows) for t in both if t.arm == "strict" and t.seed == 0]
+    assert rows == [(0.1, 2, 2), (0.5, 6, 10), (1.0, 6, 20)]
+
+
 def test_a_training_that_goes_on_waits_for_its_parent() -> None:
     evaluation = config(controls=["select_then_dpo"], control_budget=0.1)
     first, second = with_parents(trials_of(evaluation), planner(evaluation))

@@ -15,10 +15,11 @@ import torch
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.target import PairInput, TargetConfig
 from rose_ray.errors import PairError
+from rose_ray.methods import nuggets as nuggets_method
 from rose_ray.methods.answers import chosen_answers
 from rose_ray.methods.interface import MethodModel, Target
 from rose_ray.model.base import attach_adapter, load_base
-from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.scoring import ScoringModel, core_model
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.candidates import Scores, choose, target_candidates
 from rose_ray.stages.ifd import ifd_scores
@@ -97,6 +98,20 @@ def test_nuggets_of_the_pool_draws_the_same_anchors_whatever_the_shards(model: M
     starts = [0, *state["ends"].tolist()]
     anchors = [tuple(state["ids"][a:b].tolist()) for a, b in pairwise(starts)]
     assert len(set(anchors)) == 3 and set(anchors) <= drawn
+
+
+def test_a_drawn_row_that_fills_the_model_is_no_anchor(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(base=base_folder, max_tokens=64)
+    module = attach_adapter(load_base(config, dtype=torch.float64), LORA, dropout=0)
+    core_model(module).config.max_position_embeddings = 64  # no room beside a row of full length
+    full = MethodModel(ScoringModel(module, "cpu"), load_tokeniser(config), (), 200)
+    method = make_method("nuggets", anchors="pool", num_anchors=3, drawn_rows=5)
+    rows = make_rows([*a_pool()[:4], ("Tell me all.", "stone " * 90)])
+    assert max(len(sample.input_ids) for sample in rows.samples(full.tokeniser)) == 64
+    monkeypatch.setattr(nuggets_method, "pool_anchors", lambda model, samples, *_, **__: list(range(len(samples))))
+    state = method.prepare(Target("t", ()), method.merge([method.survey(rows, Target("t", ()))]), full)
+    assert len(state["ends"]) == 4 and np.diff([0, *state["ends"]]).max() < 64
+    assert np.isfinite(state["zero_shot"]).all()
 
 
 def test_pairs_that_cannot_be_used_are_listed(model: MethodModel) -> None:

@@ -14,7 +14,7 @@ from rose_ray.data.conversation import Message
 from rose_ray.errors import ConfigError, PairError, RowError
 from rose_ray.model.base import load_base
 from rose_ray.model.tokenizer import load_tokeniser
-from rose_ray.stages.sample_answers import SamplingSettings, sample_answers
+from rose_ray.stages.sample_answers import SamplingSettings, sample_answers, what_is_asked
 from rose_ray.stages.target_pairs import target_questions
 from tests.tiny import write_jsonl
 
@@ -76,3 +76,9 @@ def test_questions_of_a_target(tmp_path: Path) -> None:
         target_questions(TargetConfig.model_validate({"name": "t", "pairs": [entry, entry]}))
     with pytest.raises(ConfigError, match="no input with task kind exact_answer"):
         target_questions(TargetConfig.model_validate({"name": "t", "pairs": [{"files": [file]}]}))
+
+
+def test_what_is_asked_is_said_before() -> None:
+    assert what_is_asked(1300, 8, None) == "samples: 1,300 questions, 8 answers each"
+    text = what_is_asked(300, 8, 5)
+    assert text.startswith("samples: 300 questions, 8 answers each. The target takes 5 of a subtask")

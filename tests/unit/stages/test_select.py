@@ -200,6 +200,19 @@ def test_a_key_of_an_earlier_selection_gives_way() -> None:
     assert again[1].startswith(f'{{ "x": 2, "rose_ray": {{"row_id": "{digest("a")}", ')
 
 
+@pytest.mark.parametrize(
+    ("objectives", "harm"),
+    [
+        ({"less"}, "to first order they do not lower the loss of the chosen answers. Select less."),
+        ({"rose_simpo", "rose"}, "to first order they lower the reward margin or leave it. Select less."),
+        ({"less", "rose"}, "they lower the reward margin or leave it, or do not lower the loss of the chosen answers."),
+    ],
+)
+def test_the_warning_speaks_of_what_the_score_is_about(objectives: set[str], harm: str) -> None:
+    (warning,) = selection_summary(_candidates(), {}, np.array([0, 4]), objectives=objectives)["warnings"]
+    assert harm in warning
+
+
 def test_the_summary_gives_shares_correlations_and_warnings() -> None:
     candidates = _candidates()
     columns = {"num_tokens": lambda: candidates.scores.numbers("num_tokens"), "constant": lambda: np.ones(5)}
@@ -223,4 +236,5 @@ def test_the_summary_gives_shares_correlations_and_warnings() -> None:
         "it. Select less."
     ]
     assert selection_summary(candidates, {}, np.array([0, 1]))["warnings"] == []
+    assert selection_summary(candidates, {}, np.array([0, 4]), objectives=())["warnings"] == []
     json.dumps(summary)

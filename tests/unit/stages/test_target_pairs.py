@@ -107,8 +107,19 @@ def test_released_mmlu_in_both_layouts(split: str, num_pairs: int) -> None:
         ("bbh.jsonl.gz", {}, 6511, 27),
         ("gsm8k_fewshot.jsonl.gz", {}, 300, 1),
         ("tydiqa_fewshot.jsonl.gz", {}, 150, 3),
+        ("tydiqa_dev.jsonl.gz", {}, 3626, 7),
     ],
 )
 def test_released_exact_answers(file: str, settings: dict[str, Any], num_pairs: int, num_subtasks: int) -> None:
     pairs = read_target_pairs(target({"files": [str(TASKS / file)], "task": {**EXACT, **settings}}))
     assert len(pairs) == num_pairs and len({pair.subtask for pair in pairs}) == num_subtasks
+
+
+@needs_tasks
+def test_released_worked_examples_stand_below_their_instruction() -> None:
+    file = str(TASKS / "raw/bbh_raw.tar.gz")
+    pairs = read_target_pairs(target({"files": [file], "task": {**EXACT, "split": "fewshot"}}))
+    first = {pair.subtask: pair.prompt[0].content.split("\n\n")[0] for pair in pairs}
+    assert first["navigate"].startswith("Given a series of navigation instructions, determine whether")
+    assert first["snarks"] == "Determine which of two sentences is sarcastic."
+    assert len(set(first.values())) == 23  # sizes of one problem share theirs

@@ -147,6 +147,10 @@ def test_released_examples_and_worked_examples(tmp_path: Path) -> None:
         "Let's think.\nSo the answer is yes.",
         "So the answer is no.",
     )
+    assert [made.pair.prompt[0].content for made in worked] == ["Say which.\n\nOne?", "Say which.\n\nTwo?"]
+    assert pairs[0].pair.prompt[0].content.startswith("Q1\n")
+    (tmp_path / "bare.txt").write_text("canary\n-----\nQ: One?\nA: yes\n\nQ: Two?\nA: no\n")
+    assert read(tmp_path / "bare.txt", EXACT)[0].pair.prompt[0].content == "One?"
     assert sides(read(tmp_path / "snarks.txt", spec(EXACT, answer="final")))[1] == ("snarks/fewshot/2/1", "no", "yes")
 
 

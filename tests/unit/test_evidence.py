@@ -1,0 +1,174 @@
+"""The protocol's configurations fit their data, and what is said of selections is right by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from benchmarks.evidence.pairs import CONTROL_SOURCE, PREFERENCES, TASKS
+from benchmarks.evidence.protocol import SELECTORS, Protocol, Scale, protocol
+from benchmarks.evidence.run import evaluated, failures
+from benchmarks.evidence.selected import selected_rows
+from rose_ray.config import parse_config
+from rose_ray.config.job import JobConfig
+from rose_ray.errors import ConfigError
+from rose_ray.evaluate.benchmarks import check_apart, held_out_benchmark
+from rose_ray.evaluate.index import Entry, Index, write_index
+from rose_ray.stages.target_pairs import read_target_pairs
+from rose_ray.stores.history import make_latest
+from rose_ray.stores.manifest import Manifest, commit_artefact
+from rose_ray.stores.workspace import Workspace
+from tests.tiny import make_pair_rows, make_pool_rows
+
+SCALE = Scale(share=1.0, shots=2, held_out=3, seeds=(0,))
+
+
+def write_gz(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The shared folder in small: half of the pool is the control's; `se` has pairs that cannot be used."""
+    pool = [row | {"source": [CONTROL_SOURCE, "b"][n % 2]} for n, row in enumerate(make_pool_rows(60))]
+    write_gz(tmp_path / "data/pool/pool.jsonl.gz", pool)
+    for number, stem in enumerate(stem for subtasks in PREFERENCES.values() for _, stem in subtasks):
+        for split, seed in (("val", number), ("test", 100 + number)):
+            rows = [row | {"id": f"{stem}-{split}-{row['id']}"} for row in make_pair_rows(8, seed)]
+            if stem == "se":
+                rows[0] |= {"prompt": "word " * 5000}
+            if (stem, split) == ("se", "test"):
+                rows[1] |= {"prompt": make_pair_rows(8, number)[1]["prompt"]}  # the first steering pair that fits
+            write_gz(tmp_path / f"data/preferences/{stem}_{split}.jsonl.gz", rows)
+    return tmp_path
+
+
+def planned(data: Path, base: str, scale: Scale = SCALE) -> Protocol:
+    return protocol(data, data / "scratch", scale, TASKS, list(SELECTORS), base, "float32")
+
+
+def test_every_task_is_a_valid_job_that_differs_in_its_evaluation_alone(data: Path, base_folder: str) -> None:
+    configs = {task: parse_config(content) for task, content in planned(data, base_folder).configs.items()}
+    assert list(configs) == ["hh", "se", "shp", "control"]
+    without = [config.model_copy(update={"evaluation": None}) for config in configs.values()]
+    assert without == without[:1] * 4 and len(without[0].targets) == 4 * len(SELECTORS)
+    hh = configs["hh"].evaluation
+    assert hh is not None and hh.arms == [f"hh-{name}" for name in SELECTORS]
+    assert [held_out.name for held_out in hh.held_out] == ["hh_helpful", "hh_harmless"]
+    assert (hh.references, hh.controls) == (["zero_shot", "random"], ["dpo_shots", "sft_chosen"])
+
+
+def pair_ids(config: JobConfig) -> tuple[set[str], set[str]]:
+    """Of steering and held-out pairs; the evaluation's own check of them is passed."""
+    assert config.evaluation is not None
+    steering = {target.name: read_target_pairs(target) for target in config.targets}
+    held_out = [
+        held_out_benchmark(entry, read_target_pairs(config.targets[0].model_copy(update={"pairs": entry.pairs})))
+        for entry in config.evaluation.held_out
+    ]
+    check_apart(steering, held_out)
+    own = {pair.pair_id for arm in config.evaluation.arms or [] for pair in steering[arm]}
+    return own, {pair.pair_id for benchmark in held_out for pair in benchmark.pairs}
+
+
+def test_pairs_that_cannot_be_used_are_passed_over_and_counted(data: Path, base_folder: str) -> None:
+    plan = planned(data, base_folder)
+    for task, num_subtasks in (("hh", 2), ("se", 1), ("shp", 1), ("control", 1)):
+        steering, held_out = pair_ids(parse_config(plan.configs[task]))
+        assert (len(steering), len(held_out)) == (2 * num_subtasks, 3 * num_subtasks)
+        assert not steering & held_out
+        if task == "se":
+            assert steering == {"se-val-pair-1", "se-val-pair-2"}
+            assert not held_out & {"se-test-pair-0", "se-test-pair-1"}
+    assert plan.left_out["se_val.jsonl.gz"] == 1 and plan.left_out["shp_val.jsonl.gz"] == 0
+    with pytest.raises(ConfigError, match=r"se_test\.jsonl\.gz: 6 of 8 pairs can be used, 7 wanted"):
+        planned(data, base_folder, Scale(shots=2, held_out=7))
+
+
+def test_rows_held_back_are_not_in_the_pool(data: Path, base_folder: str) -> None:
+    config = parse_config(planned(data, base_folder).configs["control"])
+    steering, held_out = pair_ids(config)
+    left = [json.loads(line) for line in Path(config.pool.inputs[0].files[0]).read_text().splitlines()]
+    ids = {row["id"] for row in left}
+    assert not ids & (steering | held_out)
+    assert len(left) == 60 - 2 * SCALE.shots - SCALE.held_out
+
+
+def committed(workspace: Workspace, stage: str, folder: str, table: pa.Table, facts: dict[str, Any]) -> Manifest:
+    name = {"score": "scores.parquet", "select": "selected.parquet"}.get(stage, "table.parquet")
+    record = workspace.write_table(f"{folder}/{name}", table)
+    counts = {"selected": table.num_rows, "tokens": 0}
+    made_from = {"folder": folder}
+    return commit_artefact(
+        workspace, stage, made_from, [record], counts, facts, started=time.monotonic(), folder=folder
+    )
+
+
+def test_recall_precision_and_agreement_of_every_budget(tmp_path: Path) -> None:
+    workspace = Workspace.open(str(tmp_path), create=True)
+    rows = [("c0", CONTROL_SOURCE, 10), ("c1", CONTROL_SOURCE, 20), ("b0", "b", 30), ("b1", "b", 40), ("b2", "b", 50)]
+
+    def table(*places: int) -> pa.Table:
+        chosen = [dict(zip(("row_id", "source", "num_tokens"), rows[place], strict=True)) for place in places]
+        return pa.Table.from_pylist(chosen)
+
+    # A third row of the source was rejected, and counts as one that was not found.
+    sources = {CONTROL_SOURCE: 3, "b": 3}
+    pool = committed(workspace, "pool", "pool/p", table(0), {"sources": sources})
+    selections: dict[str, dict[int, tuple[int, ...]]] = {
+        "control-rose": {1: (0,), 2: (0, 1)},
+        "control-bm25": {1: (2,), 2: (1, 3)},
+        "se-rose": {1: (4,)},
+    }
+    entries = []
+    for arm, by_size in selections.items():
+        scores = committed(workspace, "score", f"scores/{arm}/k", table(0, 1, 2, 3, 4), {"pool": {"folder": "pool/p"}})
+        for size, places in by_size.items():
+            facts = {"scores": [scores.folder]}
+            made = committed(workspace, "select", f"evaluation/selections/{arm}/{size}", table(*places), facts)
+            entries.append(Entry(arm, size / 10, size, 0, "model"))
+        other = {"scores": ["scores/earlier/k"]}
+        committed(workspace, "select", f"evaluation/selections/{arm}/0", table(4, 3), other)
+        make_latest(workspace, arm, made, pool.key)
+    entries += [Entry("control-bm25", 1.0, 5, 0, "model"), Entry("random", 0.1, 1, 0, "model")]
+    found = selected_rows(workspace, Index(entries, {}, [0], 6), "control")
+    keys = ("target", "budget", "rows", "tokens, median", f"recall of {CONTROL_SOURCE}")
+    assert [tuple(row[key] for key in keys) for row in found] == [
+        ("all that control-rose scored", None, 5, 30.0, 2 / 3),
+        ("control-rose", 0.1, 1, 10.0, 1 / 3),
+        ("control-rose", 0.2, 2, 15.0, 2 / 3),
+        ("control-bm25", 0.1, 1, 30.0, 0.0),
+        ("control-bm25", 0.2, 2, 30.0, 1 / 3),
+        ("control-bm25", 1.0, 5, 30.0, 2 / 3),
+    ]
+    assert [row[f"precision of {CONTROL_SOURCE}"] for row in found] == [2 / 5, 1.0, 1.0, 0.0, 0.5, 2 / 5]
+    assert [row["Jaccard with rose"] for row in found] == [None, 1.0, 1.0, 0.0, 1 / 3, None]
+    assert found[4]["most from"] == f"{CONTROL_SOURCE} 50%, b 50%"
+
+
+def test_a_failed_training_leaves_a_table_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace.open(str(tmp_path), create=True)
+    entries = [Entry("se-rose", 0.01, 5, 0, "model", failure="the loss of step 2 is nan"), Entry("b", 0.01, 5, 0, "m")]
+
+    def evaluates(*_: Any, **__: Any) -> SimpleNamespace:
+        write_index(workspace, Index(entries, {}, [0], 6))
+        for name in ("table.json", "table.txt"):
+            workspace.write(f"evaluation/report/{name}", b"[]")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", evaluates)
+    assert failures(evaluated(tmp_path / "c.yaml", tmp_path)) == ["se-rose at 0.01, seed 0: the loss of step 2 is nan"]
+    # An earlier task's table is not taken for that of a run which wrote none.
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit, match="no table, exit status 1"):
+        evaluated(tmp_path / "c.yaml", tmp_path)
