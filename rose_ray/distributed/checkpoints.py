@@ -39,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
-    """Return the pinned warm-up of these settings; train it where there is none yet."""
+    """Return the pinned warm-up of these settings; train it where there is none yet.
+
+    A new one is pinned at once only where none is: another stays until `pin_warmup`.
+    """
     started = time.monotonic()
     settings = _warmup_settings(job)
     found = None if new_warmup else _pinned(job, settings)
@@ -57,8 +60,22 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     reused = warmup is not None
     if warmup is None:
         warmup = train(made_from, folder)
-    job.workspace.write_json(_pin(settings), {"folder": folder, "pool": pool.key})
+    if not job.workspace.exists(_pin(settings)):
+        _write_pin(job, settings, pool, warmup)
     return _warmup_done(job, warmup, started, reused=reused)
+
+
+def pin_warmup(job: Job, pool: Manifest, warmup: Manifest) -> None:
+    """Let later runs of these settings keep a warm-up whose rows were drawn from ``pool``."""
+    settings = _warmup_settings(job)
+    if job.workspace.read_json(_pin(settings))["folder"] != warmup.folder:
+        _write_pin(job, settings, pool, warmup)
+
+
+def _write_pin(job: Job, settings: dict[str, Any], pool: Manifest, warmup: Manifest) -> None:
+    # The files that the rows were drawn from, since the pool itself goes once no selection needs it.
+    ingested = sorted({f"ingest/{file['ingest_key']}" for file in pool.facts["files"]})
+    job.workspace.write_json(_pin(settings), {"folder": warmup.folder, "ingested": ingested})
 
 
 def pinned_warmup(job: Job) -> Manifest | None:

@@ -16,7 +16,7 @@ from rose_ray.config.job import JobConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
-from rose_ray.distributed.checkpoints import warm_up
+from rose_ray.distributed.checkpoints import pin_warmup, warm_up
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
@@ -119,6 +119,8 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool) -> None:
         if warmup is not None:
             make_scores(job, pool, warmup)
         score_by_methods(job, pool, warmup, pairs, with_model=False)
+    if warmup is not None and new_warmup:
+        pin_warmup(job, pool, warmup)
     if "select" in stages:
         make_selections(job, pool, pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from textwrap import shorten
@@ -108,15 +109,26 @@ def _warmup_lines(workspace: Workspace, run: Mapping[str, Any]) -> Iterator[str]
         return
     warmup, pool = (read_manifest(workspace, folders[stage]) for stage in ("warmup", "ingest"))
     age = datetime.now(UTC) - datetime.fromisoformat(warmup.created_at)
-    text = f"warm-up {warmup.folder}: {warmup.created_at}, {age.days} days old"
+    seen = _seen_share(workspace, warmup, pool)
+    yield f"warm-up {warmup.folder}: {warmup.created_at}, {age.days} days old" + (f"; {seen}" if seen else "")
+
+
+def _seen_share(workspace: Workspace, warmup: Manifest, pool: Manifest) -> str:
+    if warmup.made_from["row_ids"] is None:
+        return ""  # your own adapters: nothing was drawn
     pins = [workspace.read_json(path) for path in workspace.list_folder("warmup/pins")]
-    drawn = next((pin["pool"] for pin in pins if pin["folder"] == warmup.folder), None)
-    if drawn is not None and workspace.exists(f"pool/{drawn}/manifest.json"):
-        then = {entry["shard"] for entry in read_manifest(workspace, f"pool/{drawn}").facts["shards"]}
-        rows = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
-        seen = sum(count for shard, count in rows.items() if shard in then)
-        text += f"; {seen / sum(rows.values()):.1%} of today's pool was there when its rows were drawn"
-    yield text
+    pin = next((pin for pin in pins if pin["folder"] == warmup.folder), None)
+    if pin is None:
+        return "runs keep another one: the run that made it ended before its scores"
+    if "ingested" not in pin:
+        return "how much of today's pool it has seen is not known: an earlier version made it"
+    drawn_from = set(pin["ingested"])
+    entries = pool.facts["shards"]
+    rows = [entry["num_rows"] - entry["num_skipped"] for entry in entries]
+    seen = sum(
+        count for count, each in zip(rows, entries, strict=True) if posixpath.dirname(each["path"]) in drawn_from
+    )
+    return f"{seen / sum(rows):.1%} of today's pool was there when its rows were drawn"
 
 
 def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:
