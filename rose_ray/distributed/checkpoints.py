@@ -95,8 +95,8 @@ def _pinned(job: Job, settings: dict[str, Any]) -> Manifest | None:
     found = find_manifest(job.workspace, folder)
     if found is None:
         raise AlteredFileError(
-            f"{folder}: files of the pinned warm-up are missing or cut short. Put them back, or make another "
-            "warm-up, and with it all features, with --new-warmup."
+            f"{folder}: the manifest or files of the pinned warm-up are missing or cut short. Put them back, or make "
+            "another warm-up, and with it all features, with --new-warmup."
         )
     return found
 

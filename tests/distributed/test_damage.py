@@ -89,6 +89,31 @@ def test_a_damaged_artefact_is_made_again_with_the_same_bytes(finished: Finished
     assert {path.split("/")[-1] for path in changed} == {"manifest.json"} and len(changed) == len(damaged)
 
 
+def test_what_has_no_readable_manifest_is_made_again_with_the_same_bytes(finished: FinishedJob, copied: Path) -> None:
+    patterns = ("ingest/*", "pool/*", "bank/*", "scores/alpha/*", "selections/alpha/*")
+    for pattern in patterns:
+        manifest = next(copied.glob(f"{pattern}/manifest.json"))
+        os.truncate(manifest, manifest.stat().st_size // 2)
+    run_job(tiny_job(finished.inputs, copied))
+    before, after = digests(finished.workspace), digests(copied)
+    changed = {path for path in before if before[path] != after[path]}
+    assert {path.split("/")[-1] for path in changed} == {"manifest.json"} and len(changed) == len(patterns)
+
+
+def test_a_pinned_warmup_without_a_readable_manifest_ends_the_run(finished: FinishedJob, copied: Path) -> None:
+    manifest = next(copied.glob("warmup/*/manifest.json"))
+    os.truncate(manifest, manifest.stat().st_size // 2)
+    with pytest.raises(AlteredFileError, match="pinned warm-up"):
+        run_job(tiny_job(finished.inputs, copied))
+
+
+def test_altered_files_are_made_again_once_verify_was_told_to(finished: FinishedJob, copied: Path) -> None:
+    altered = flip(sorted(copied.glob("features/*/*-00001/checkpoint-2.parquet"))[0])
+    assert CliRunner().invoke(app, ["verify", str(copied), "--delete-damaged"]).exit_code == 0
+    assert made_stages(run_job(tiny_job(finished.inputs, copied)).stages) == ["features"]
+    assert digests(altered.parent)[altered.name] == digests(finished.workspace)[altered.relative_to(copied).as_posix()]
+
+
 @pytest.mark.parametrize("command", ["validate", "run", "status"])
 def test_a_workspace_of_a_newer_format_is_refused(finished: FinishedJob, copied: Path, command: str) -> None:
     (copied / "rose_ray.json").write_text(json.dumps({"format": FORMAT_VERSION + 1}), encoding="utf-8")

@@ -12,6 +12,7 @@ from rose_ray.config import parse_config
 from rose_ray.distributed import checkpoints
 from rose_ray.distributed.checkpoints import pin_warmup, pinned_warmup, warm_up
 from rose_ray.distributed.job import Job
+from rose_ray.errors import AlteredFileError
 from rose_ray.filesystem import locate
 from rose_ray.stages.ingest import IngestSettings, PoolFile, ingest_file
 from rose_ray.stages.pool import settle_pool
@@ -71,6 +72,14 @@ def test_a_new_warmup_takes_the_place_of_the_pinned_one_when_it_is_told_to(job: 
     assert warm_up(job, grown, new_warmup=True) == second
     pin_warmup(job, grown, second)
     assert pinned_warmup(job) == second == warm_up(job, grown, new_warmup=False)
+
+
+def test_a_pinned_warmup_whose_manifest_was_cut_short_is_not_trained_again(job: Job, tmp_path: Path) -> None:
+    pool = pool_of(job, tmp_path, "a")
+    first = warm_up(job, pool, new_warmup=False)
+    job.workspace.write(f"{first.folder}/manifest.json", b"{")
+    with pytest.raises(AlteredFileError, match=f"{first.folder}: the manifest or files of the pinned warm-up"):
+        warm_up(job, pool, new_warmup=False)
 
 
 def test_status_tells_what_share_the_warmup_has_seen_once_its_pool_is_gone(job: Job, tmp_path: Path) -> None:
