@@ -80,6 +80,7 @@ class Manifest:
 
 def commit_manifest(workspace: Workspace, manifest: Manifest) -> Manifest:
     """Write ``manifest`` into its folder: from here on the artefact is there, and nothing that died beside it."""
+    workspace.check_fence()  # what lies beside the files may be its successor's, at work
     for folder in {posixpath.dirname(record.path) for record in manifest.files} | {manifest.folder}:
         sweep_folder(workspace, folder)
     workspace.write_json(f"{manifest.folder}/{MANIFEST_FILE}", asdict(manifest))

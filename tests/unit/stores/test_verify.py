@@ -14,10 +14,11 @@ import yaml
 from typer.testing import CliRunner
 
 from rose_ray.cli import app
+from rose_ray.errors import LeaseError
 from rose_ray.stores.features import shard_folder
 from rose_ray.stores.lease import held
 from rose_ray.stores.leftovers import is_leftover, sweep_shared
-from rose_ray.stores.manifest import Manifest, commit_artefact
+from rose_ray.stores.manifest import Manifest, commit_artefact, commit_manifest
 from rose_ray.stores.shards import FEATURES, why_missing, write_arrays
 from rose_ray.stores.verify import delete_orphans, verify, verify_lines
 from rose_ray.stores.workspace import Workspace
@@ -184,6 +185,16 @@ def test_a_run_at_work_keeps_its_unfinished_files(workspace: Workspace) -> None:
         ]
     assert all(each.exit_code == 1 and "another run is at work on it" in each.stderr for each in results)
     assert workspace.exists("features/key/begun/checkpoint-1.parquet")
+
+
+def test_a_run_that_was_taken_over_from_sweeps_nothing(workspace: Workspace) -> None:
+    manifest = shard(workspace)
+    beside = f"{manifest.files[0].path}.{LEFTOVER}"
+    workspace.write(beside, b"its successor writes here")
+    workspace.write("lease/00000002.json", b"{}")
+    with pytest.raises(LeaseError):
+        commit_manifest(workspace.fenced(1), manifest)
+    assert workspace.exists(beside)
 
 
 def test_commits_and_runs_sweep_what_dead_writers_left(workspace: Workspace) -> None:
