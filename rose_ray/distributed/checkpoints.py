@@ -47,6 +47,7 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     settings = _warmup_settings(job)
     found = None if new_warmup else _pinned(job, settings)
     if found is not None:
+        forget_state(job.workspace, found.folder)  # a run that was killed when it had just finished could not
         return _warmup_done(job, found, started, reused=True)
     if job.config.warmup.adapters is not None:
         made_from = {**settings, "row_ids": None}
@@ -60,6 +61,7 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     reused = warmup is not None
     if warmup is None:
         warmup = train(made_from, folder)
+    forget_state(job.workspace, folder)
     if not job.workspace.exists(_pin(settings)):
         _write_pin(job, settings, pool, warmup)
     return _warmup_done(job, warmup, started, reused=reused)
@@ -156,9 +158,7 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
         training, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
     )
     files = [samples, *(FileRecord(**record) for c in checkpoints for record in c.pop("files"))]
-    manifest = _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
-    forget_state(job.workspace, folder)
-    return manifest
+    return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
 
 
 def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:

@@ -17,10 +17,13 @@ from rose_ray.stores.workspace import FileRecord, Workspace
 
 # Files that no manifest names and that belong there all the same; how often each is written is its room's affair.
 _UNLISTED = re.compile(
-    r"rose_ray\.json|(runs|lease|plans|budgets|warmup/pins)/[^/]+\.json|warmup/[^/]+/(training\.json|resume/.+)"
+    r"rose_ray\.json|(runs|lease|plans|budgets|warmup/pins)/[^/]+\.json|warmup/[^/]+/training\.json"
     r"|features/[^/]+/(space|pool-[^/]+)\.json|selections/[^/]+/latest\.json|selections/[^/]+/history/.+"
     r"|evaluation/(index\.json|report/.+|judges/[^/]+\.json|verdicts/[^/]+/part-[^/]+)"
 )
+
+
+_STATE = re.compile(r"(warmup/[^/]+)/resume/.+")  # of a training: belongs there until it has ended
 
 
 @dataclass
@@ -69,7 +72,7 @@ def verify(workspace: Workspace, progress: Callable[[int, int], None] = lambda d
         findings.num_artefacts += 1
         named.update(_check(workspace, manifest, findings, progress, sum(sizes.values())))
     for path in sorted(sizes.keys() - named):
-        if not _UNLISTED.fullmatch(path):
+        if not _UNLISTED.fullmatch(path) and not _is_of_unfinished_training(path, sizes):
             findings.orphans[path] = _orphan(path, sizes)
     return findings
 
@@ -101,9 +104,16 @@ def _fault(workspace: Workspace, record: FileRecord) -> str | None:
     return visible_fault(workspace, record) or hidden_fault(workspace, record)
 
 
+def _is_of_unfinished_training(path: str, sizes: dict[str, int]) -> bool:
+    state = _STATE.fullmatch(path)
+    return state is not None and posixpath.join(state[1], MANIFEST_FILE) not in sizes
+
+
 def _orphan(path: str, sizes: dict[str, int]) -> str:
     if is_leftover(path):
         return "written beside its place and never renamed"
+    if _STATE.fullmatch(path):
+        return "the state of a training that has ended"
     manifest = posixpath.join(posixpath.dirname(path), MANIFEST_FILE)
     return "not in its folder's manifest" if manifest in sizes else "of an artefact that was never finished"
 

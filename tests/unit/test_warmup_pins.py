@@ -74,6 +74,17 @@ def test_a_new_warmup_takes_the_place_of_the_pinned_one_when_it_is_told_to(job: 
     assert pinned_warmup(job) == second == warm_up(job, grown, new_warmup=False)
 
 
+@pytest.mark.parametrize("new_warmup", [False, True])
+def test_what_a_finished_training_would_go_on_from_goes_when_it_is_found(
+    job: Job, tmp_path: Path, new_warmup: bool
+) -> None:
+    pool = pool_of(job, tmp_path, "a")
+    warmup = warm_up(job, pool, new_warmup=False)
+    job.workspace.write(f"{warmup.folder}/resume/latest.json", b"{}")  # as a run leaves it that is killed here
+    assert warm_up(job, pool, new_warmup) == warmup
+    assert not job.workspace.exists(f"{warmup.folder}/resume/latest.json")
+
+
 def test_a_pinned_warmup_whose_manifest_was_cut_short_is_not_trained_again(job: Job, tmp_path: Path) -> None:
     pool = pool_of(job, tmp_path, "a")
     first = warm_up(job, pool, new_warmup=False)

@@ -130,6 +130,16 @@ def test_verify_names_what_is_altered_missing_and_orphaned(workspace: Workspace)
     assert not verify(workspace).orphans.keys() & {extra, begun, tmp}
 
 
+def test_the_state_of_a_training_is_an_orphan_once_it_has_ended(workspace: Workspace) -> None:
+    state = workspace.write("warmup/0123/resume/update-1/state.safetensors", b"x").path
+    assert verify(workspace).is_clean
+    commit_artefact(workspace, "warmup", {}, [], {}, {}, started=0.0, folder="warmup/0123")
+    findings = verify(workspace)
+    assert findings.orphans == {state: "the state of a training that has ended"}
+    delete_orphans(workspace, findings)
+    assert verify(workspace).is_clean
+
+
 def test_the_command_takes_a_workspace_or_a_configuration(workspace: Workspace, tmp_path: Path) -> None:
     shard(workspace)
     workspace.write("features/key/begun/checkpoint-1.parquet", b"x")
