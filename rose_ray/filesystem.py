@@ -6,9 +6,11 @@ code, so whatever ``pyarrow.fs`` opens can hold a pool, a pair file or a workspa
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +47,7 @@ def locate(name: str, *, relative_to: str = "") -> Location:
     """
     if "://" in name:
         try:
-            filesystem, path = fs.FileSystem.from_uri(name)
+            filesystem, path = fs.FileSystem.from_uri(_with_plain_puts(name))
         except (ValueError, OSError) as error:
             raise DataError(
                 f"cannot open {name!r}: {error}. Use a local path or a URI that pyarrow.fs knows."
@@ -54,6 +56,13 @@ def locate(name: str, *, relative_to: str = "") -> Location:
     # Asks for the working directory only where the name needs it: a submitted driver's may be cleared away meanwhile.
     path = os.path.abspath(os.path.join(relative_to, os.path.expanduser(name)))
     return Location(fs.LocalFileSystem(), path, name)
+
+
+def _with_plain_puts(uri: str) -> str:
+    # Otherwise a file of any size opens a multipart upload, which a writer that is killed leaves behind.
+    if not uri.startswith("s3://") or "allow_delayed_open=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
 
 
 def child(parent: Location, *parts: str) -> Location:
@@ -122,18 +131,16 @@ def _path_matches(path: list[str], pattern: list[str]) -> bool:
 def open_for_writing(location: Location) -> Iterator[BinaryIO]:
     """Give a stream for a whole file, so that readers see the old content, or the new, and never a part.
 
-    A local file is written beside its place, synced and renamed; on an object store it appears when the stream closes,
-    and is removed again where the block ended with an error.
+    A local file is written beside its place, synced and renamed. For an object store it is written into the folder for
+    temporary files, and goes to its place once the block has ended without an error.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; nothing is left behind.
     """
-    folder = posixpath.dirname(location.path)
     if not isinstance(location.filesystem, fs.LocalFileSystem):
-        location.filesystem.create_dir(folder, recursive=True)
         yield from _open_object(location)
         return
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(posixpath.dirname(location.path), exist_ok=True)
     temporary = f"{location.path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -150,13 +157,24 @@ def open_for_writing(location: Location) -> Iterator[BinaryIO]:
 
 
 def _open_object(location: Location) -> Iterator[BinaryIO]:
-    with location.filesystem.open_output_stream(location.path) as stream:
+    # A stream to an object store cannot be given up: closing it, as any error does, would put a part in its place.
+    with tempfile.TemporaryFile(prefix="rose_ray-") as staged:
         try:
-            yield stream
-        except BaseException:
-            stream.close()  # the stream cannot be given up, so what it leaves is a part
-            location.filesystem.delete_file(location.path)
+            yield staged
+            staged.flush()
+        except OSError as error:
+            if error.errno == errno.ENOSPC and error.filename is None:
+                error.filename = tempfile.gettempdir()  # a failed write does not say where
             raise
+        staged.seek(0)
+        location.filesystem.create_dir(posixpath.dirname(location.path), recursive=True)
+        # In one native call, which no interrupt can end halfway; the file has no name but this one.
+        fs.copy_files(
+            f"/dev/fd/{staged.fileno()}",
+            location.path,
+            source_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=location.filesystem,
+        )
 
 
 def write_bytes(location: Location, data: bytes) -> None:

@@ -226,3 +226,12 @@ def sentencepiece_like_tokenizer(words: Sequence[str] = ("good", "answer", "yes"
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
+
+
+def as_pickle(folder: Path) -> None:
+    """Let a model's folder hold its weights in PyTorch's own format alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()

@@ -23,12 +23,20 @@ def status(config: Config, overrides: Set = None) -> None:
 @reported
 def verify(
     config: Annotated[str, typer.Argument(metavar="CONFIG_OR_WORKSPACE", help="YAML file, or a workspace.")],
-    delete: Annotated[bool, typer.Option("--delete-orphans", help="Remove files that no manifest names.")] = False,
+    orphans: Annotated[bool, typer.Option("--delete-orphans", help="Remove files that no manifest names.")] = False,
+    damaged: Annotated[
+        bool,
+        typer.Option(
+            "--delete-damaged",
+            help="Remove the manifests of artefacts with altered or missing files, so that the next run makes them "
+            "anew; warm-ups stay.",
+        ),
+    ] = False,
 ) -> None:
     """Read every file of every artefact and say what is altered, missing or orphaned; exit with 1 if anything is."""
     from rose_ray.stages.verify import verify_workspace
 
-    lines, clean = verify_workspace(config, delete_orphans=delete)
+    lines, clean = verify_workspace(config, delete_orphans=orphans, delete_damaged=damaged)
     for line in lines:
         typer.echo(line)
     if not clean:

@@ -9,7 +9,12 @@ import typer
 from rose_ray.cli.app import Config, Set, app, reported
 
 NewWarmup = Annotated[
-    bool, typer.Option("--new-warmup", help="Choose the warm-up's rows anew from today's pool, and train on them.")
+    bool,
+    typer.Option(
+        "--new-warmup",
+        help="Choose the warm-up's rows anew from today's pool, and train on them; kept by later runs once this one is "
+        "through with it.",
+    ),
 ]
 
 

@@ -5,15 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import parse_qsl
 
 from rose_ray.errors import ConfigError
 
-_CREDENTIALS = re.compile(r"^\s*[a-z][a-z0-9+.:-]*://([^/@?\s]+|[^@?\s]*:[^@?\s]*)@", re.IGNORECASE)
+_URI = re.compile(r"\s*([a-z][a-z0-9+.:-]*)://", re.IGNORECASE)
+_USER = re.compile(r"([^/@?\s]+|[^@?\s]*:[^@?\s]*)@")
 """A user, or a name and a key, before the host. Keys may hold slashes, as those of AWS do."""
+
+_NAME_AND_KEY = re.compile(r"[^@?\s]*:[^@?\s]*@")
+_CONTAINER_SCHEMES = frozenset({"abfs", "abfss"})
+"""Before the host stands a container, which is no secret: abfs://container@account.dfs.core.windows.net/path."""
+
+_SECRET_OPTION = re.compile(
+    r"secret|password|passwd|token|credential|signature|^sig$|(api|account|access|private|shared)[_-]?key",
+    re.IGNORECASE,
+)
 
 
 def refuse_credentials(content: Any, name: str) -> None:
-    """Refuse URIs that carry a user or a key, naming the configuration's keys and not the values.
+    """Refuse URIs that carry a user or a key, before the host or among their options.
+
+    The message names the configuration's keys and not the values.
 
     Raises:
         ConfigError: There are some.
@@ -33,5 +46,16 @@ def _with_credentials(node: Any, key: str) -> Iterator[str]:
     elif isinstance(node, list):
         for number, value in enumerate(node):
             yield from _with_credentials(value, f"{key}.{number}")
-    elif isinstance(node, str) and _CREDENTIALS.match(node):
+    elif isinstance(node, str) and _has_credentials(node):
         yield key
+
+
+def _has_credentials(text: str) -> bool:
+    uri = _URI.match(text)
+    if uri is None:
+        return False
+    scheme = uri[1].rpartition(":")[2].lower()
+    if (_NAME_AND_KEY if scheme in _CONTAINER_SCHEMES else _USER).match(text, uri.end()):
+        return True
+    options = parse_qsl(text.partition("?")[2].replace(";", "&"), keep_blank_values=True)
+    return any(_SECRET_OPTION.search(option) for option, _ in options)

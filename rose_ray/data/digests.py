@@ -68,6 +68,31 @@ def first_places(words_N2: Words) -> Places:
     return first_N
 
 
+class DigestIndex:
+    """Finds digests among those given. Some 24 bytes a digest are kept, some 50 while it is made.
+
+    Args:
+        words_N2: All different.
+    """
+
+    def __init__(self, words_N2: Words) -> None:
+        self._order_N = np.lexsort((words_N2[:, 1], words_N2[:, 0]))
+        self._high_N, self._low_N = words_N2[self._order_N, 0], words_N2[self._order_N, 1]
+
+    def places(self, words_M2: Words) -> Places:
+        """Return the place of each digest among those given at first, -1 where it is not there: int64 [M]."""
+        first_M = np.searchsorted(self._high_N, words_M2[:, 0], side="left")
+        end_M = np.searchsorted(self._high_N, words_M2[:, 0], side="right")
+        places_M = np.full(len(words_M2), -1, dtype=np.int64)
+        # Hardly ever more than one: digests that share their first half.
+        for step in range(int((end_M - first_M).max(initial=0))):
+            rows = np.flatnonzero(first_M + step < end_M)
+            at = first_M[rows] + step
+            same = self._low_N[at] == words_M2[rows, 1]
+            places_M[rows[same]] = self._order_N[at[same]]
+        return places_M
+
+
 def is_sampled(row_id: str, fraction: float, seed: int) -> bool:
     """Whether a row belongs to a share of the pool: decided by its content and the seed alone."""
     if fraction >= 1.0:

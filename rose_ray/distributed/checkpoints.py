@@ -39,11 +39,15 @@ logger = logging.getLogger(__name__)
 
 
 def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
-    """Return the pinned warm-up of these settings; train it where there is none yet."""
+    """Return the pinned warm-up of these settings; train it where there is none yet.
+
+    A new one is pinned at once only where none is: another stays until `pin_warmup`.
+    """
     started = time.monotonic()
     settings = _warmup_settings(job)
     found = None if new_warmup else _pinned(job, settings)
     if found is not None:
+        forget_state(job.workspace, found.folder)  # a run that was killed when it had just finished could not
         return _warmup_done(job, found, started, reused=True)
     if job.config.warmup.adapters is not None:
         made_from = {**settings, "row_ids": None}
@@ -57,8 +61,23 @@ def warm_up(job: Job, pool: Manifest, new_warmup: bool) -> Manifest:
     reused = warmup is not None
     if warmup is None:
         warmup = train(made_from, folder)
-    job.workspace.write_json(_pin(settings), {"folder": folder, "pool": pool.key})
+    forget_state(job.workspace, folder)
+    if not job.workspace.exists(_pin(settings)):
+        _write_pin(job, settings, pool, warmup)
     return _warmup_done(job, warmup, started, reused=reused)
+
+
+def pin_warmup(job: Job, pool: Manifest, warmup: Manifest) -> None:
+    """Let later runs of these settings keep a warm-up whose rows were drawn from ``pool``."""
+    settings = _warmup_settings(job)
+    if job.workspace.read_json(_pin(settings))["folder"] != warmup.folder:
+        _write_pin(job, settings, pool, warmup)
+
+
+def _write_pin(job: Job, settings: dict[str, Any], pool: Manifest, warmup: Manifest) -> None:
+    # The files that the rows were drawn from, since the pool itself goes once no selection needs it.
+    ingested = sorted({f"ingest/{file['ingest_key']}" for file in pool.facts["files"]})
+    job.workspace.write_json(_pin(settings), {"folder": warmup.folder, "ingested": ingested})
 
 
 def pinned_warmup(job: Job) -> Manifest | None:
@@ -78,8 +97,8 @@ def _pinned(job: Job, settings: dict[str, Any]) -> Manifest | None:
     found = find_manifest(job.workspace, folder)
     if found is None:
         raise AlteredFileError(
-            f"{folder}: files of the pinned warm-up are missing or cut short. Put them back, or make another "
-            "warm-up, and with it all features, with --new-warmup."
+            f"{folder}: the manifest or files of the pinned warm-up are missing or cut short. Put them back, or make "
+            "another warm-up, and with it all features, with --new-warmup."
         )
     return found
 
@@ -139,9 +158,7 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
         training, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
     )
     files = [samples, *(FileRecord(**record) for c in checkpoints for record in c.pop("files"))]
-    manifest = _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
-    forget_state(job.workspace, folder)
-    return manifest
+    return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)
 
 
 def _import_adapters(job: Job, made_from: dict[str, Any], folder: str) -> Manifest:

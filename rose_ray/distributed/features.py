@@ -22,10 +22,11 @@ from rose_ray.distributed.tokens import tokenize_row
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError
 from rose_ray.stages.pool import skipped_rows
-from rose_ray.stores.features import find_shard, why_missing
+from rose_ray.stores.features import find_shard
 from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.manifest import Manifest
 from rose_ray.stores.runs import StageRecord
+from rose_ray.stores.shards import FEATURES, why_missing
 from rose_ray.stores.versions import package_versions, utc_now
 from rose_ray.stores.workspace import Workspace
 
@@ -45,7 +46,7 @@ def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, li
     shards = [entry["shard"] for entry in pool.facts["shards"]]
 
     def look(shard: str) -> list[str | None]:
-        return [why_missing(job.workspace, each.key, shard, skipped.get(shard, [])) for each in sets]
+        return [why_missing(job.workspace, FEATURES, each.key, shard, skipped.get(shard, [])) for each in sets]
 
     missing, progress = {}, Progress("features: looking at what is there", len(shards), "shards")
     with ThreadPoolExecutor(_LOOKING_THREADS) as threads:

@@ -33,7 +33,7 @@ from rose_ray.methods.table import make_table, table_folder
 from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.manifest import Manifest, find_manifest
 from rose_ray.stores.runs import StageRecord
-from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS, find_receipt, shards_without
+from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS, find_receipt, missing_shards
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,12 @@ class _Pool:
         self.reference = ray.put(self.manifest)
 
     def missing(self, kind: str, key: str) -> list[str]:
-        """Shards without such a receipt."""
-        return shards_without(self.job.workspace, kind, key, self.shards, self.skipped)
+        """Shards without such a receipt, or with one whose files were cut short; the log says so."""
+        found = missing_shards(self.job.workspace, kind, key, self.shards, self.skipped)
+        for reason in filter(None, found.values()):
+            logger.warning(f"made again: {reason}")
+            self.job.result.events.append(f"shard made again: {reason}")
+        return list(found)
 
     def totals(self, kind: str, key: str, stage: str) -> tuple[dict[str, int], int]:
         """Counts and bytes of all receipts together."""

@@ -15,7 +15,7 @@ from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import shown_progress
 from rose_ray.distributed.tasks import ScorePlan, score_targets, select_target
 from rose_ray.stages.clean import contamination_sources
-from rose_ray.stages.drift import drift
+from rose_ray.stages.drift import overlap
 from rose_ray.stages.drift_lines import short_drift
 from rose_ray.stages.score import SCORE_VERSION
 from rose_ray.stages.select import SELECT_VERSION
@@ -144,4 +144,4 @@ def _select(
 def _drift_text(workspace: Workspace, name: str, before: Version, now: Version) -> str:
     if find_manifest(workspace, before.folder) is None:
         return f"the files of version {before.number} are gone"
-    return short_drift(drift(workspace, *(read_version(workspace, name, each) for each in (before, now))))
+    return short_drift(overlap(workspace, *(read_version(workspace, name, each) for each in (before, now))))

@@ -16,7 +16,7 @@ from rose_ray.config.job import JobConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
-from rose_ray.distributed.checkpoints import warm_up
+from rose_ray.distributed.checkpoints import pin_warmup, warm_up
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
@@ -25,7 +25,7 @@ from rose_ray.distributed.methods import check_methods, score_by_methods
 from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
-from rose_ray.errors import LeaseError, RoseError
+from rose_ray.errors import RoseError
 from rose_ray.methods.registry import needs_of
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.clean import check_test_text
@@ -34,7 +34,7 @@ from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import abandoned_before, opened
 from rose_ray.stores.leftovers import sweep_shared
 from rose_ray.stores.manifest import Manifest
-from rose_ray.stores.runs import last_run, write_run
+from rose_ray.stores.runs import RUNNING, last_run, write_run
 from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def _run_held(
     check_pool: Callable[[Manifest], None] | None,
 ) -> RunResult:
     _say_changes(workspace, config)
+    # Written now as well: of a run that is killed, the next one has to know the configuration.
+    path = write_run(workspace, config.model_dump(mode="json"), [], RUNNING)
     job = Job(workspace, config.model_copy(update={"model": with_absolute_paths(config.model)}))
     if (before_us := abandoned_before(workspace)) is not None:
         job.result.events.append(f"lease taken over from a run that did not end: {before_us}")
@@ -89,16 +91,17 @@ def _run_held(
     except BaseException as error:
         cause = root_cause(error)
         try:
-            _write_record(job, config, f"{type(cause).__name__}: {cause}")
-        except (OSError, LeaseError) as failure:  # a full disk, for instance: what ended the run matters more
+            _write_record(job, config, f"{type(cause).__name__}: {cause}", path)
+        except (OSError, RoseError) as failure:  # a full disk, for instance: what ended the run matters more
             logger.warning(f"the record of this run cannot be written: {failure}")
         raise (cause if isinstance(cause, RoseError | OSError) else error) from None
-    _write_record(job, config, "finished")
+    _write_record(job, config, "finished", path)
     return job.result
 
 
-def _write_record(job: Job, config: JobConfig, outcome: str) -> None:
-    write_run(job.workspace, config.model_dump(mode="json"), job.result.stages, outcome, job.result.events)
+def _write_record(job: Job, config: JobConfig, outcome: str, path: str) -> None:
+    result = job.result
+    write_run(job.workspace, config.model_dump(mode="json"), result.stages, outcome, result.events, path=path)
 
 
 def _say_changes(workspace: Workspace, config: JobConfig) -> None:
@@ -134,6 +137,8 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool, check_pool: Callab
         if warmup is not None:
             make_scores(job, pool, warmup)
         score_by_methods(job, pool, warmup, pairs, with_model=False)
+    if warmup is not None and new_warmup:
+        pin_warmup(job, pool, warmup)
     if "select" in stages:
         make_selections(job, pool, pairs)
 

@@ -161,7 +161,7 @@ class RewardModel:
         folder = resolve_base(model)
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"judge {config.name}: cannot load {config.model} as a reward model: {error}") from error

@@ -65,6 +65,7 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
                 dtype=dtype,
                 attn_implementation=model.attention,
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,  # pickles run code
                 output_loading_info=True,
                 **nf4,
             )

@@ -1,16 +1,20 @@
-"""What changed between two selections of one target."""
+"""What changed between two selections of one target.
+
+Tables are read a row group at a time; of their rows ids and numbers are kept, some 60 bytes a row of the pool.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from rose_ray.data.digests import DigestIndex, Places, Words, digest_words, row_id_words
 from rose_ray.kernels.correlation import spearman
+from rose_ray.stages.candidates import Scores
 from rose_ray.stores.manifest import Manifest, read_manifest
 from rose_ray.stores.workspace import Workspace
 
@@ -33,11 +37,29 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """From an older selection to a newer one.
+class Overlap:
+    """Of two selections.
 
     Attributes:
         num_old, num_new, num_common: Selected rows.
+    """
+
+    num_old: int
+    num_new: int
+    num_common: int
+
+    @property
+    def jaccard(self) -> float:
+        """Rows in both over rows in either; 1 for the same rows."""
+        either = self.num_old + self.num_new - self.num_common
+        return self.num_common / either if either else 1.0
+
+
+@dataclass(frozen=True)
+class Drift(Overlap):
+    """From an older selection to a newer one.
+
+    Attributes:
         gained, lost: Rows by source.
         num_new_rows: Rows of the newer selection that the older pool did not hold.
         num_gone: Rows of the older selection that the newer pool does not hold.
@@ -45,9 +67,6 @@ class Drift:
         shifts: By column: score, and each subtask that both have.
     """
 
-    num_old: int
-    num_new: int
-    num_common: int
     gained: dict[str, int]
     lost: dict[str, int]
     num_new_rows: int
@@ -56,15 +75,24 @@ class Drift:
     mean_tokens_new: float
     shifts: dict[str, Shift]
 
-    @property
-    def jaccard(self) -> float:
-        """Rows in both over rows in either; 1 for the same rows."""
-        either = self.num_old + self.num_new - self.num_common
-        return self.num_common / either if either else 1.0
-
     def as_json(self) -> dict[str, Any]:
         """For a file."""
         return {"jaccard": self.jaccard, **asdict(self)}
+
+
+def overlap(workspace: Workspace, old: Manifest, new: Manifest) -> Overlap:
+    """Count the rows that two selections share, from the selections alone.
+
+    Args:
+        workspace: Holds both.
+        old, new: Selections.
+
+    Raises:
+        StoreError: A file of either is missing or altered.
+    """
+    before, after = (_ids(_open(workspace, each, "selected.parquet")) for each in (old, new))
+    num_common = int((DigestIndex(before).places(after) >= 0).sum())
+    return Overlap(len(before), len(after), num_common)
 
 
 def drift(workspace: Workspace, old: Manifest, new: Manifest) -> Drift:
@@ -77,54 +105,61 @@ def drift(workspace: Workspace, old: Manifest, new: Manifest) -> Drift:
     Raises:
         StoreError: A file of either is missing or altered.
     """
-    before, after = (_selected(workspace, each) for each in (old, new))
-    kept_new, kept_old = _among(after, before), _among(before, after)
-    pools = [_row_ids(workspace, each) for each in (old, new)]
+    before, after = (_open(workspace, each, "selected.parquet") for each in (old, new))
+    ids_before, ids_after = _ids(before), _ids(after)
+    kept_old = DigestIndex(ids_after).places(ids_before) >= 0
+    kept_new = DigestIndex(ids_before).places(ids_after) >= 0
     return Drift(
         num_old=before.num_rows,
         num_new=after.num_rows,
         num_common=int(kept_new.sum()),
         gained=_by_source(after, ~kept_new),
         lost=_by_source(before, ~kept_old),
-        num_new_rows=after.num_rows - int(_in(after["row_id"], pools[0]).sum()),
-        num_gone=before.num_rows - int(_in(before["row_id"], pools[1]).sum()),
+        num_new_rows=_num_outside(workspace, ids_after, old),
+        num_gone=_num_outside(workspace, ids_before, new),
         mean_tokens_old=_mean_tokens(before),
         mean_tokens_new=_mean_tokens(after),
         shifts=_shifts(workspace, old, new),
     )
 
 
-def _selected(workspace: Workspace, selection: Manifest) -> pa.Table:
-    record = selection.file("selected.parquet")
-    return workspace.read_table(record.path, record, columns=["row_id", "source", "num_tokens"])
+def _open(workspace: Workspace, manifest: Manifest, name: str) -> Scores:
+    record = manifest.file(name)
+    return Scores(workspace.open_table(record.path, record))
+
+
+def _id_parts(table: Scores) -> Iterator[Words]:
+    for part in table.parts(["row_id"]):
+        yield row_id_words(part["row_id"])
+
+
+def _ids(table: Scores) -> Words:
+    return np.concatenate([digest_words([]), *_id_parts(table)])
 
 
 def _score_tables(workspace: Workspace, selection: Manifest) -> list[Manifest]:
     return [read_manifest(workspace, folder) for folder in selection.facts["scores"]]
 
 
-def _row_ids(workspace: Workspace, selection: Manifest) -> pa.ChunkedArray:
-    scores = _score_tables(workspace, selection)[0]
-    records = [scores.file("scores.parquet"), scores.file("rejected.parquet")]
-    tables = [workspace.read_table(record.path, record, columns=["row_id"]) for record in records]
-    return pa.concat_tables(tables)["row_id"]
+def _num_outside(workspace: Workspace, ids_S2: Words, selection: Manifest) -> int:
+    """Return how many of some rows were neither scored nor rejected for a selection."""
+    scores, index = _score_tables(workspace, selection)[0], DigestIndex(ids_S2)
+    seen = np.zeros(len(ids_S2), dtype=bool)
+    for name in ("scores.parquet", "rejected.parquet"):
+        for part in _id_parts(_open(workspace, scores, name)):
+            places = index.places(part)
+            seen[places[places >= 0]] = True
+    return int((~seen).sum())
 
 
-def _in(values: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
-    found: np.ndarray = pc.is_in(values, value_set=known.combine_chunks()).to_numpy()
-    return found.astype(bool)
+def _by_source(rows: Scores, chosen: np.ndarray) -> dict[str, int]:
+    sources = rows.sources()
+    counts = np.bincount(sources.codes_N[chosen], minlength=len(sources.names)).tolist()
+    return dict(Counter({name: n for name, n in zip(sources.names, counts, strict=True) if n}).most_common())
 
 
-def _among(rows: pa.Table, others: pa.Table) -> np.ndarray:
-    return _in(rows["row_id"], others["row_id"])
-
-
-def _by_source(rows: pa.Table, chosen: np.ndarray) -> dict[str, int]:
-    return dict(Counter(rows.filter(pa.array(chosen))["source"].to_pylist()).most_common())
-
-
-def _mean_tokens(rows: pa.Table) -> float:
-    return float(np.mean(rows["num_tokens"].to_numpy())) if rows.num_rows else 0.0
+def _mean_tokens(rows: Scores) -> float:
+    return float(np.mean(rows.numbers("num_tokens"))) if rows.num_rows else 0.0
 
 
 def _shifts(workspace: Workspace, old: Manifest, new: Manifest) -> dict[str, Shift]:
@@ -142,21 +177,24 @@ def _shifts(workspace: Workspace, old: Manifest, new: Manifest) -> dict[str, Shi
 
 def _table_shifts(workspace: Workspace, old: Manifest, new: Manifest) -> dict[str, Shift]:
     subtasks = [name for name in new.facts["subtasks"] if name in old.facts["subtasks"]]
-    columns = ["score", *(f"subtask_{name}" for name in subtasks)]
-    records = [each.file("scores.parquet") for each in (old, new)]
-    before, after = (workspace.read_table(record.path, record, columns=["row_id", *columns]) for record in records)
-    places = pc.index_in(after["row_id"], value_set=before["row_id"].combine_chunks())
-    both = pc.is_valid(places)
-    old_rows, new_rows = before.take(pc.drop_null(places)), after.filter(both)
+    before, after = (_open(workspace, each, "scores.parquet") for each in (old, new))
+    old_places, new_places = _common(before, after)
     return {
-        column.removeprefix("subtask_") if column != "score" else "score": _shift(
-            old_rows[column].to_numpy().astype(np.float64), new_rows[column].to_numpy().astype(np.float64)
-        )
-        for column in columns
+        name: _shift(before.numbers(column)[old_places], after.numbers(column)[new_places])
+        for name, column in [("score", "score"), *((name, f"subtask_{name}") for name in subtasks)]
     }
+
+
+def _common(before: Scores, after: Scores) -> tuple[Places, Places]:
+    """Return where the rows that both hold are in either."""
+    index = DigestIndex(_ids(before))
+    places_N = np.concatenate([np.zeros(0, np.int64), *(index.places(part) for part in _id_parts(after))])
+    both = np.flatnonzero(places_N >= 0)
+    return places_N[both], both
 
 
 def _shift(old_N: np.ndarray, new_N: np.ndarray) -> Shift:
     if not len(old_N):
         return Shift(0, tuple(0.0 for _ in QUANTILES), None)
+    old_N, new_N = old_N.astype(np.float64), new_N.astype(np.float64)
     return Shift(len(old_N), tuple(float(q) for q in np.quantile(new_N - old_N, QUANTILES)), spearman(old_N, new_N))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rose_ray.stages.drift import Drift
+from rose_ray.stages.drift import Drift, Overlap
 from rose_ray.stores.history import Version, latest_version, selected_names, versions
 from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
@@ -52,7 +52,7 @@ def drift_lines(name: str, old: Version, new: Version, found: Drift) -> Iterator
         )
 
 
-def short_drift(found: Drift) -> str:
+def short_drift(found: Overlap) -> str:
     """Overlap in a line."""
     gained, lost = found.num_new - found.num_common, found.num_old - found.num_common
     return (

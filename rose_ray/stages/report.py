@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from textwrap import shorten
@@ -21,9 +22,10 @@ from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
 from rose_ray.stores.history import latest_version, selected_names
+from rose_ray.stores.lease import find_holder
 from rose_ray.stores.manifest import Manifest, read_manifest
 from rose_ray.stores.plans import find_plan
-from rose_ray.stores.runs import StageRecord, last_run, last_stage
+from rose_ray.stores.runs import RUNNING, StageRecord, last_ended_run, last_run, last_stage
 from rose_ray.stores.workspace import Workspace
 
 
@@ -80,25 +82,42 @@ def selection_lines(name: str, selection: Manifest) -> Iterator[str]:
 
 
 def status_lines(workspace: Workspace) -> Iterator[str]:
-    """Say what the last run did, and what the workspace holds beside it."""
-    run = last_run(workspace)
+    """Say whether a run is at work, what the last one that ended did, and what the workspace holds beside it."""
     yield f"workspace {workspace.root.name}"
-    if run is None:
+    newest = last_run(workspace)
+    if newest is None:
         yield "no run yet"
         return
-    yield f"last run: {run['outcome']}, {run['finished_at']}"
-    plan = find_plan(workspace, run["config"])
-    yield from stage_lines(run["stages"], plan["seconds"] if plan else None)
+    if newest["outcome"] == RUNNING:
+        yield _begun_line(workspace, newest)
+    run = last_ended_run(workspace)
+    if run is not None:
+        yield f"last run: {run['outcome']}, {run['finished_at']}"
+        plan = find_plan(workspace, run["config"])
+        yield from stage_lines(run["stages"], plan["seconds"] if plan else None)
     for stage in ("pool", "warmup", "bank", "features"):
         folders = [path for path in workspace.list_folder(stage) if not path.endswith(("pins", ".json"))]
         yield f"{stage}: {len(folders)} kept"
-    yield from _warmup_lines(workspace, run)
+    if run is not None:
+        yield from _warmup_lines(workspace, run)
     for name in selected_names(workspace):
         latest = latest_version(workspace, name)
         if latest is None:
             yield f"selection {name}: unfinished"
             continue
         yield f"selection {name}: version {latest.number}, {latest.num_rows:,} rows, {latest.since}, {latest.folder}"
+
+
+def _begun_line(workspace: Workspace, run: Mapping[str, Any]) -> str:
+    number = run["fencing_number"]
+    holder, is_gone = (None, False) if number is None else find_holder(workspace, number)
+    if holder is None:
+        return (
+            f"a run began {run['started_at']} and has not ended: at work, or killed; without a lease this is not known"
+        )
+    if is_gone:
+        return f"a run began {run['started_at']} and was killed or cut off before its end: {holder}"
+    return f"a run is at work: {holder}, last seen {holder.renewed_at}"
 
 
 def _warmup_lines(workspace: Workspace, run: Mapping[str, Any]) -> Iterator[str]:
@@ -108,15 +127,26 @@ def _warmup_lines(workspace: Workspace, run: Mapping[str, Any]) -> Iterator[str]
         return
     warmup, pool = (read_manifest(workspace, folders[stage]) for stage in ("warmup", "ingest"))
     age = datetime.now(UTC) - datetime.fromisoformat(warmup.created_at)
-    text = f"warm-up {warmup.folder}: {warmup.created_at}, {age.days} days old"
+    seen = _seen_share(workspace, warmup, pool)
+    yield f"warm-up {warmup.folder}: {warmup.created_at}, {age.days} days old" + (f"; {seen}" if seen else "")
+
+
+def _seen_share(workspace: Workspace, warmup: Manifest, pool: Manifest) -> str:
+    if warmup.made_from["row_ids"] is None:
+        return ""  # your own adapters: nothing was drawn
     pins = [workspace.read_json(path) for path in workspace.list_folder("warmup/pins")]
-    drawn = next((pin["pool"] for pin in pins if pin["folder"] == warmup.folder), None)
-    if drawn is not None and workspace.exists(f"pool/{drawn}/manifest.json"):
-        then = {entry["shard"] for entry in read_manifest(workspace, f"pool/{drawn}").facts["shards"]}
-        rows = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
-        seen = sum(count for shard, count in rows.items() if shard in then)
-        text += f"; {seen / sum(rows.values()):.1%} of today's pool was there when its rows were drawn"
-    yield text
+    pin = next((pin for pin in pins if pin["folder"] == warmup.folder), None)
+    if pin is None:
+        return "runs keep another one: the run that made it ended before its scores"
+    if "ingested" not in pin:
+        return "how much of today's pool it has seen is not known: an earlier version made it"
+    drawn_from = set(pin["ingested"])
+    entries = pool.facts["shards"]
+    rows = [entry["num_rows"] - entry["num_skipped"] for entry in entries]
+    seen = sum(
+        count for count, each in zip(rows, entries, strict=True) if posixpath.dirname(each["path"]) in drawn_from
+    )
+    return f"{seen / sum(rows):.1%} of today's pool was there when its rows were drawn"
 
 
 def explain_lines(workspace: Workspace, config: JobConfig, row_id: str) -> Iterator[str]:

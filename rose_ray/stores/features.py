@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from rose_ray.errors import AlteredFileError
-from rose_ray.stores.inspect import visible_fault
-from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, find_manifest, read_manifest
+from rose_ray.stores.manifest import Manifest, find_manifest
 from rose_ray.stores.workspace import Workspace
 
 REJECTED_FILE = "rejected.parquet"
@@ -43,26 +41,6 @@ def find_shard(workspace: Workspace, features_key: str, shard: str, skipped: Seq
     if receipt is None or not set(receipt.facts["skipped"]) <= set(skipped):
         return None
     return receipt
-
-
-def why_missing(workspace: Workspace, features_key: str, shard: str, skipped: Sequence[str]) -> str | None:
-    """Return why a shard has to be computed, or None where it is done; looks at every file's size and Parquet footer.
-
-    The reason is empty where the shard was never finished. Arguments as in `find_shard`.
-    """
-    folder = shard_folder(features_key, shard)
-    if not workspace.exists(f"{folder}/{MANIFEST_FILE}"):
-        return ""
-    try:
-        receipt = read_manifest(workspace, folder)
-    except AlteredFileError as error:
-        return str(error)
-    for record in receipt.files:
-        if (fault := visible_fault(workspace, record)) is not None:
-            return f"{record.path}: {fault}"
-    if not set(receipt.facts["skipped"]) <= set(skipped):
-        return f"{folder}: rows are wanted that an earlier run passed over"
-    return None
 
 
 @dataclass(frozen=True)

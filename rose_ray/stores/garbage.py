@@ -17,7 +17,7 @@ from pyarrow import fs
 from rose_ray.stores.history import SELECTIONS, latest_version, selected_names, versions
 from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, read_manifest
 from rose_ray.stores.runs import finished_runs, since_last_finished
-from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS
+from rose_ray.stores.shards import FEATURES, LENGTHS, SHARD_SCORES, SURVEYS
 from rose_ray.stores.workspace import Workspace
 
 NAMED = (SELECTIONS, "scores")
@@ -26,7 +26,6 @@ NAMED = (SELECTIONS, "scores")
 FLAT = ("states", "bank", "basis", "warmup", "pool", "ingest")
 """Kinds whose artefacts lie at ``KIND/KEY``. Each kind is made from later ones, the features between both lists."""
 
-FEATURES = "features"
 SHARDED = (SHARD_SCORES, SURVEYS, LENGTHS, FEATURES)
 """Kinds whose shards lie at ``KIND/KEY/SHARD``, each an artefact."""
 

@@ -127,6 +127,14 @@ def abandoned_before(workspace: Workspace) -> Holder | None:
     return None if previous is None or previous.released else previous
 
 
+def find_holder(workspace: Workspace, number: int) -> tuple[Holder | None, bool]:
+    """Return who took lease ``number``, and whether it is known to be gone: released, taken over from, or dead."""
+    if not workspace.exists(lease_path(number)):
+        return None, False
+    holder = _read(workspace, number)
+    return holder, holder.released or holder.is_dead() or leases(workspace)[-1] > number
+
+
 def _take(workspace: Workspace, term_seconds: float) -> tuple[int, Holder]:
     while True:
         taken = leases(workspace)

@@ -25,7 +25,7 @@ def is_leftover(path: str) -> bool:
 def sweep_folder(workspace: Workspace, folder: str, before: str | None = None) -> None:
     """Remove leftovers directly in ``folder``, or those of them whose names sort before ``before``.
 
-    An object store has none: a PUT that breaks off leaves nothing.
+    An object store has none among its files: what a broken upload leaves there is no file, and cannot be listed as one.
     """
     path = workspace.location(folder).path
     if not isinstance(workspace.root.filesystem, fs.LocalFileSystem) or not os.path.isdir(path):

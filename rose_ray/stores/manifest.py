@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import posixpath
 import time
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,11 @@ from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.versions import package_versions, utc_now
 from rose_ray.stores.workspace import FileRecord, Workspace
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_FILE = "manifest.json"
 _KEY_LENGTH = 16
+_NUM_NAMED = 3
 
 
 def artefact_key(content: Mapping[str, Any]) -> str:
@@ -76,6 +80,7 @@ class Manifest:
 
 def commit_manifest(workspace: Workspace, manifest: Manifest) -> Manifest:
     """Write ``manifest`` into its folder: from here on the artefact is there, and nothing that died beside it."""
+    workspace.check_fence()  # what lies beside the files may be its successor's, at work
     for folder in {posixpath.dirname(record.path) for record in manifest.files} | {manifest.folder}:
         sweep_folder(workspace, folder)
     workspace.write_json(f"{manifest.folder}/{MANIFEST_FILE}", asdict(manifest))
@@ -140,11 +145,21 @@ def read_manifest(workspace: Workspace, folder: str) -> Manifest:
 
 
 def find_manifest(workspace: Workspace, folder: str) -> Manifest | None:
-    """Return the artefact in ``folder`` if it is finished and its files have their sizes, else None."""
+    """Return the artefact in ``folder`` if it is finished and its files have their sizes, else None.
+
+    One whose manifest cannot be read, or whose files are missing or cut short, counts as unfinished; a warning says so.
+    """
     if not workspace.exists(f"{folder}/{MANIFEST_FILE}"):
         return None
-    manifest = read_manifest(workspace, folder)
-    return manifest if not damaged_files(workspace, manifest.files) else None
+    try:
+        manifest = read_manifest(workspace, folder)
+    except AlteredFileError:
+        logger.warning(f"{folder} counts as unfinished: its {MANIFEST_FILE} was altered or cut short")
+        return None
+    if damaged := damaged_files(workspace, manifest.files):
+        logger.warning(f"{folder} counts as unfinished: missing or cut short: {', '.join(damaged[:_NUM_NAMED])}")
+        return None
+    return manifest
 
 
 def damaged_files(workspace: Workspace, files: Sequence[FileRecord]) -> list[str]:

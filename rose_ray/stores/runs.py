@@ -12,6 +12,9 @@ from rose_ray.stores.workspace import Workspace
 
 _FOLDER = "runs"
 
+RUNNING = "running"
+"""Outcome of a run that has begun and not said how it ended: it is at work, or was killed."""
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -37,21 +40,31 @@ class StageRecord:
 
 
 def write_run(
-    workspace: Workspace, config: dict[str, Any], stages: list[StageRecord], outcome: str, events: Sequence[str] = ()
+    workspace: Workspace,
+    config: dict[str, Any],
+    stages: list[StageRecord],
+    outcome: str,
+    events: Sequence[str] = (),
+    *,
+    path: str | None = None,
 ) -> str:
-    """Write the record of a run under the next number and return its path.
+    """Write the record of a run and return its path.
 
     Args:
         workspace: Where.
         config: The dumped configuration.
         stages: What was done, in order.
-        outcome: ``finished``, or the error that ended it.
+        outcome: `RUNNING`, ``finished``, or the error that ended it.
         events: What happened on the way.
+        path: Of the record written when the run began, which this one replaces; the next number where not given.
     """
-    path = f"{_FOLDER}/run-{len(_paths(workspace)) + 1:05d}.json"
+    began = utc_now() if path is None else workspace.read_json(path)["started_at"]
+    path = path or f"{_FOLDER}/run-{len(_paths(workspace)) + 1:05d}.json"
     content = {
-        "finished_at": utc_now(),
+        "started_at": began,
+        "finished_at": None if outcome == RUNNING else utc_now(),
         "outcome": outcome,
+        "fencing_number": workspace.fencing_number,
         "events": list(events),
         "stages": [asdict(stage) for stage in stages],
         "versions": package_versions(),
@@ -66,6 +79,12 @@ def last_run(workspace: Workspace) -> dict[str, Any] | None:
     paths = _paths(workspace)
     content: dict[str, Any] | None = workspace.read_json(paths[-1]) if paths else None
     return content
+
+
+def last_ended_run(workspace: Workspace) -> dict[str, Any] | None:
+    """Return the newest record of a run that said how it ended, or None where none did."""
+    runs = map(workspace.read_json, reversed(_paths(workspace)))
+    return next((run for run in runs if run["outcome"] != RUNNING), None)
 
 
 def finished_runs(workspace: Workspace) -> list[dict[str, Any]]:

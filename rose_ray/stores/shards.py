@@ -1,4 +1,4 @@
-"""Artefacts of single shards besides features: ``KIND/KEY/SHARD``, each with a receipt of its own."""
+"""Artefacts of single shards: ``KIND/KEY/SHARD``, each with a receipt of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from rose_ray.errors import AlteredFileError
 from rose_ray.failpoints import die_at
-from rose_ray.stores.manifest import Manifest, commit_artefact, find_manifest
+from rose_ray.stores.inspect import visible_fault
+from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, commit_artefact, find_manifest, read_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
 
-LENGTHS, SURVEYS, SHARD_SCORES = "lengths", "surveys", "shard_scores"
-"""Kinds: tokens of rows, parts of pool statistics, scores of a method."""
+LENGTHS, SURVEYS, SHARD_SCORES, FEATURES = "lengths", "surveys", "shard_scores", "features"
+"""Kinds: tokens of rows, parts of pool statistics, scores of a method, features."""
 
 _LOOKING_THREADS = 32  # they wait for storage, not for the processor
 
@@ -33,22 +34,49 @@ def find_receipt(workspace: Workspace, kind: str, key: str, shard: str, skipped:
             except where rows were summed up.
     """
     receipt = find_manifest(workspace, f"{kind}/{key}/{shard}")
-    if receipt is None:
-        return None
+    return receipt if receipt is not None and _covers(kind, receipt, skipped) else None
+
+
+def _covers(kind: str, receipt: Manifest, skipped: Sequence[str]) -> bool:
     before, now = set(receipt.facts["skipped"]), set(skipped)
-    return receipt if (before == now if kind == SURVEYS else before <= now) else None
+    return before == now if kind == SURVEYS else before <= now
 
 
-def shards_without(
+def why_missing(workspace: Workspace, kind: str, key: str, shard: str, skipped: Sequence[str]) -> str | None:
+    """Return why a shard has to be computed, or None where it is done; looks into every file, without reading it whole.
+
+    The reason is empty where the shard was never finished. Arguments as in `find_receipt`.
+    """
+    folder = f"{kind}/{key}/{shard}"
+    if not workspace.exists(f"{folder}/{MANIFEST_FILE}"):
+        return ""
+    try:
+        receipt = read_manifest(workspace, folder)
+    except AlteredFileError as error:
+        return str(error)
+    for record in receipt.files:
+        if (fault := visible_fault(workspace, record)) is not None:
+            return f"{record.path}: {fault}"
+    return None if _covers(kind, receipt, skipped) else f"{folder}: made when other rows were wanted"
+
+
+def missing_shards(
     workspace: Workspace, kind: str, key: str, shards: Sequence[str], skipped: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Return those of the shards that have no such receipt; ``skipped`` by shard."""
+) -> dict[str, str]:
+    """Return those of the shards that have to be computed, each with the reason as in `why_missing`.
 
-    def lacks(shard: str) -> bool:
-        return find_receipt(workspace, kind, key, shard, skipped.get(shard, [])) is None
+    Args:
+        workspace, kind, key: As in `find_receipt`.
+        shards: Names.
+        skipped: Row ids that are not wanted, by shard.
+    """
+
+    def look(shard: str) -> str | None:
+        return why_missing(workspace, kind, key, shard, skipped.get(shard, []))
 
     with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
-        return [shard for shard, is_lacking in zip(shards, threads.map(lacks, shards), strict=True) if is_lacking]
+        reasons = zip(shards, threads.map(look, shards), strict=True)
+        return {shard: reason for shard, reason in reasons if reason is not None}
 
 
 def commit_shard(

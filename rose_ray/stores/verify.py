@@ -17,10 +17,13 @@ from rose_ray.stores.workspace import FileRecord, Workspace
 
 # Files that no manifest names and that belong there all the same; how often each is written is its room's affair.
 _UNLISTED = re.compile(
-    r"rose_ray\.json|(runs|lease|plans|budgets|warmup/pins)/[^/]+\.json|warmup/[^/]+/(training\.json|resume/.+)"
+    r"rose_ray\.json|(runs|lease|plans|budgets|warmup/pins)/[^/]+\.json|warmup/[^/]+/training\.json"
     r"|features/[^/]+/(space|pool-[^/]+)\.json|selections/[^/]+/latest\.json|selections/[^/]+/history/.+"
     r"|evaluation/(index\.json|report/.+|judges/[^/]+\.json|verdicts/[^/]+/part-[^/]+)"
 )
+
+
+_STATE = re.compile(r"(warmup/[^/]+)/resume/.+")  # of a training: belongs there until it has ended
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Findings:
         altered: Path to what is wrong with it; manifests that cannot be read among them.
         missing: Paths that a manifest names and that are not there.
         orphans: Paths that no manifest names, with what they are.
+        damaged: Folders of the artefacts to which what is altered or missing belongs.
     """
 
     num_artefacts: int = 0
@@ -40,6 +44,7 @@ class Findings:
     altered: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     orphans: dict[str, str] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)
 
     @property
     def is_clean(self) -> bool:
@@ -62,11 +67,12 @@ def verify(workspace: Workspace, progress: Callable[[int, int], None] = lambda d
             manifest = read_manifest(workspace, posixpath.dirname(path))
         except AlteredFileError as error:
             findings.altered[path] = str(error)
+            findings.damaged.add(posixpath.dirname(path))
             continue
         findings.num_artefacts += 1
         named.update(_check(workspace, manifest, findings, progress, sum(sizes.values())))
     for path in sorted(sizes.keys() - named):
-        if not _UNLISTED.fullmatch(path):
+        if not _UNLISTED.fullmatch(path) and not _is_of_unfinished_training(path, sizes):
             findings.orphans[path] = _orphan(path, sizes)
     return findings
 
@@ -87,6 +93,8 @@ def _check(
             findings.missing.append(record.path)
         elif fault is not None:
             findings.altered[record.path] = fault
+        if fault is not None:
+            findings.damaged.add(manifest.folder)
         findings.num_files += 1
         findings.num_bytes += record.num_bytes
         progress(findings.num_bytes, total)
@@ -96,9 +104,16 @@ def _fault(workspace: Workspace, record: FileRecord) -> str | None:
     return visible_fault(workspace, record) or hidden_fault(workspace, record)
 
 
+def _is_of_unfinished_training(path: str, sizes: dict[str, int]) -> bool:
+    state = _STATE.fullmatch(path)
+    return state is not None and posixpath.join(state[1], MANIFEST_FILE) not in sizes
+
+
 def _orphan(path: str, sizes: dict[str, int]) -> str:
     if is_leftover(path):
         return "written beside its place and never renamed"
+    if _STATE.fullmatch(path):
+        return "the state of a training that has ended"
     manifest = posixpath.join(posixpath.dirname(path), MANIFEST_FILE)
     return "not in its folder's manifest" if manifest in sizes else "of an artefact that was never finished"
 
@@ -110,7 +125,24 @@ def delete_orphans(workspace: Workspace, findings: Findings) -> None:
         workspace.root.filesystem.delete_file(workspace.location(path).path)
 
 
-def verify_lines(workspace: Workspace, findings: Findings, *, deleted: bool) -> Iterator[str]:
+def delete_damaged(workspace: Workspace, findings: Findings) -> None:
+    """Let damaged artefacts count as unfinished, so that the next run makes them anew; warm-ups stay as they are.
+
+    Hold the workspace's lease: a run at work may be reading them.
+    """
+    for folder in sorted(findings.damaged):
+        if not is_warmup(folder):
+            workspace.delete_file(f"{folder}/{MANIFEST_FILE}")
+
+
+def is_warmup(folder: str) -> bool:
+    """Whether an artefact is a warm-up, which is not made again with the same bytes on any machine."""
+    return folder.startswith("warmup/")
+
+
+def verify_lines(
+    workspace: Workspace, findings: Findings, *, deleted_orphans: bool, deleted_damaged: bool
+) -> Iterator[str]:
     """Say what was found and what to do."""
     size = f"{findings.num_bytes / 1e6:,.1f} MB"
     yield f"{workspace.root.name}: {findings.num_artefacts:,} artefacts, {findings.num_files:,} files, {size} read"
@@ -119,17 +151,22 @@ def verify_lines(workspace: Workspace, findings: Findings, *, deleted: bool) -> 
     for path in sorted(findings.missing):
         yield f"missing   {path}"
     for path, what in sorted(findings.orphans.items()):
-        yield f"{'deleted' if deleted else 'orphaned':<9} {path}: {what}"
-    folders = sorted({posixpath.dirname(path) for path in [*findings.altered, *findings.missing]})
-    if folders:
-        yield "Delete these folders and run again; the same bytes are made anew. A warm-up: put its files back instead."
-        yield from (f"  {_artefact_folder(folder)}" for folder in folders)
-    if findings.orphans and not deleted:
+        yield f"{'deleted' if deleted_orphans else 'orphaned':<9} {path}: {what}"
+    yield from _damage_lines(findings, deleted=deleted_damaged)
+    if findings.orphans and not deleted_orphans:
         yield "No result depends on orphaned files: run again to finish what was begun, or add --delete-orphans."
     if findings.is_clean:
         yield "whole: nothing altered, missing or orphaned"
 
 
-def _artefact_folder(folder: str) -> str:
-    # A warm-up's files lie one folder deeper than its manifest.
-    return folder.rpartition("/checkpoint-")[0] if "/checkpoint-" in folder else folder
+def _damage_lines(findings: Findings, *, deleted: bool) -> Iterator[str]:
+    warmups = sorted(filter(is_warmup, findings.damaged))
+    others = sorted(findings.damaged - set(warmups))
+    if others and deleted:
+        yield "Deleted the manifests of these, so that the next run makes them anew:"
+    elif others:
+        yield "Add --delete-damaged and run again: these are made anew, with the same bytes."
+    yield from (f"  {folder}" for folder in others)
+    if warmups:
+        yield "Put the files of these warm-ups back, or make another, and with it all features, with --new-warmup:"
+    yield from (f"  {folder}" for folder in warmups)

@@ -228,7 +228,8 @@ class Workspace:
         if (num_bytes, sha256) != (record.num_bytes, record.sha256):
             raise AlteredFileError(
                 f"{self.location(path).name}: {num_bytes} bytes that differ from the {record.num_bytes} bytes its "
-                "manifest lists. The file was altered or cut short; delete it and run again."
+                "manifest lists. The file was altered or cut short; delete it, or all that is damaged with "
+                "`rose-ray verify --delete-damaged`, and run again."
             )
 
     def _not_parquet(self, path: str, error: Exception) -> AlteredFileError:

@@ -89,6 +89,31 @@ def test_a_damaged_artefact_is_made_again_with_the_same_bytes(finished: Finished
     assert {path.split("/")[-1] for path in changed} == {"manifest.json"} and len(changed) == len(damaged)
 
 
+def test_what_has_no_readable_manifest_is_made_again_with_the_same_bytes(finished: FinishedJob, copied: Path) -> None:
+    patterns = ("ingest/*", "pool/*", "bank/*", "scores/alpha/*", "selections/alpha/*")
+    for pattern in patterns:
+        manifest = next(copied.glob(f"{pattern}/manifest.json"))
+        os.truncate(manifest, manifest.stat().st_size // 2)
+    run_job(tiny_job(finished.inputs, copied))
+    before, after = digests(finished.workspace), digests(copied)
+    changed = {path for path in before if before[path] != after[path]}
+    assert {path.split("/")[-1] for path in changed} == {"manifest.json"} and len(changed) == len(patterns)
+
+
+def test_a_pinned_warmup_without_a_readable_manifest_ends_the_run(finished: FinishedJob, copied: Path) -> None:
+    manifest = next(copied.glob("warmup/*/manifest.json"))
+    os.truncate(manifest, manifest.stat().st_size // 2)
+    with pytest.raises(AlteredFileError, match="pinned warm-up"):
+        run_job(tiny_job(finished.inputs, copied))
+
+
+def test_altered_files_are_made_again_once_verify_was_told_to(finished: FinishedJob, copied: Path) -> None:
+    altered = flip(sorted(copied.glob("features/*/*-00001/checkpoint-2.parquet"))[0])
+    assert CliRunner().invoke(app, ["verify", str(copied), "--delete-damaged"]).exit_code == 0
+    assert made_stages(run_job(tiny_job(finished.inputs, copied)).stages) == ["features"]
+    assert digests(altered.parent)[altered.name] == digests(finished.workspace)[altered.relative_to(copied).as_posix()]
+
+
 @pytest.mark.parametrize("command", ["validate", "run", "status"])
 def test_a_workspace_of_a_newer_format_is_refused(finished: FinishedJob, copied: Path, command: str) -> None:
     (copied / "rose_ray.json").write_text(json.dumps({"format": FORMAT_VERSION + 1}), encoding="utf-8")
@@ -130,7 +155,7 @@ def test_a_full_disk_under_the_driver(
 
     def no_space(descriptor: int) -> None:  # the kernel may say so no earlier than here
         synced.append(descriptor)
-        if len(synced) > 1:  # the lease is taken while there is room
+        if len(synced) > 2:  # the lease is taken, and the run's beginning recorded, while there is room
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
@@ -144,7 +169,9 @@ def test_a_full_disk_under_the_driver(
     (said,) = (message for message in caplog.messages if "record of this run" in message)
     assert re.search(r"cannot be written: .*No space left on device: '.*/runs/run-00002\.json'", said)
     assert any("lease of this run cannot be released" in message for message in caplog.messages)
-    assert [path.name for path in set(copied.rglob("*")) - before if path.is_file()] == ["00000002.json"]
+    new = {path.name for path in set(copied.rglob("*")) - before if path.is_file()}
+    assert new == {"00000002.json", "run-00002.json"}
+    assert json.loads((copied / "runs" / "run-00002.json").read_text(encoding="utf-8"))["outcome"] == "running"
 
     result = CliRunner().invoke(app, ["bank", str(config)])
     assert result.exit_code == 0
@@ -192,5 +219,5 @@ def test_a_full_disk_ends_with_one_message_and_the_next_run_goes_on(finished: Fi
 def _leave_room_for_a_shard(finished: FinishedJob, disk: Path) -> None:
     shard = next(finished.workspace.glob("features/*/*/manifest.json")).parent
     status = os.statvfs(disk)
-    blocks = 2 + sum(1 + path.stat().st_size // status.f_bsize for path in shard.iterdir()) * 3 // 2
+    blocks = 5 + sum(1 + path.stat().st_size // status.f_bsize for path in shard.iterdir()) * 3 // 2
     (disk / "fill").write_bytes(b"\0" * (status.f_bavail - blocks) * status.f_bsize)

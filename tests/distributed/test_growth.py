@@ -93,3 +93,24 @@ def test_new_warmup_on_two_workers_replaces_the_pinned_one(grown: GrownJob, tmp_
     assert all(checkpoint["loss"] > 0 for checkpoint in result.warmup.facts["checkpoints"])
     assert digests(workspace, pinned.folder) == before
     assert run_job(config, stages=stages).warmup == result.warmup
+
+
+def test_a_new_warmup_counts_once_its_scores_are_made(
+    grown: GrownJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(grown.workspace, workspace)
+    config = grown.config.model_copy(update={"workspace": str(workspace)})
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("rose_ray.distributed.run.make_features", killed)
+        run_job(config, new_warmup=True)
+    nightly = run_job(config)
+    assert nightly.warmup == grown.result.warmup and made_stages(nightly.stages) == []
+    renewed = run_job(config, new_warmup=True)
+    assert renewed.warmup is not None and renewed.warmup != grown.result.warmup
+    assert "warmup" not in made_stages(renewed.stages)
+    assert run_job(config).warmup == renewed.warmup

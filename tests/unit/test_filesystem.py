@@ -1,9 +1,11 @@
 """Paths, URIs and patterns; whole-file writes."""
 
 import contextlib
+import errno
 import os
 import pickle
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -126,7 +128,14 @@ def test_a_file_whose_writing_fails_is_not_there(tmp_path, kind):
     with pytest.raises(KeyError), open_for_writing(location) as stream:
         stream.write(b"a part")
         raise KeyError("stop")
-    assert os.listdir(tmp_path / "x") == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_full_folder_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = Location(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "x/y.bin", "y.bin")
+    with pytest.raises(OSError) as raised, open_for_writing(location):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == tempfile.gettempdir()
 
 
 def test_an_absolute_path_needs_no_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pyarrow as pa
 import pytest
@@ -19,7 +20,7 @@ from tests.buckets import local_bucket
 
 
 @pytest.fixture(scope="module")
-def bucket():
+def served():
     with local_bucket("pool") as (client, options):
         for name, numbers in (("a", range(5)), ("b", range(3, 8))):
             rows = [
@@ -28,7 +29,17 @@ def bucket():
             ]
             body = "".join(json.dumps(row) + "\n" for row in rows).encode()
             client.put_object(Bucket="pool", Key=f"rows/{name}.jsonl", Body=body)
-        yield lambda path: f"s3://pool/{path}{options}&allow_bucket_creation=true"
+        yield client, lambda path: f"s3://pool/{path}{options}&allow_bucket_creation=true"
+
+
+@pytest.fixture
+def client(served):
+    return served[0]
+
+
+@pytest.fixture
+def bucket(served):
+    return served[1]
 
 
 def test_pool_and_workspace_live_in_a_bucket(bucket):
@@ -87,3 +98,39 @@ def test_a_table_is_streamed_into_a_bucket_and_read_in_parts(bucket):
     with pytest.raises(KeyError):
         workspace.write_tables("tables/part.parquet", failing(), parts[0].schema)
     assert workspace.list_folder("tables") == ["tables/t.parquet"]
+
+
+def test_a_run_that_was_taken_over_from_harms_no_file_of_its_successor(bucket):
+    workspace = Workspace.open(bucket("taken-over"), create=True)
+    path, content = "features/key/shard/checkpoint-1.parquet", b"whole" * 100
+    with pytest.raises(LeaseError, match="another run took it over"), workspace.fenced(1).writer(path) as writer:
+        writer.write(b"a part")
+        workspace.write_json("lease/00000002.json", {})
+        record = workspace.fenced(2).write(path, content)
+    assert workspace.read(path, record) == content
+
+
+def test_a_second_attempt_that_fails_harms_no_file_of_the_first(bucket):
+    workspace = Workspace.open(bucket("ws"), create=True)
+    record = workspace.write("attempts/file", b"whole")
+    with pytest.raises(KeyError), workspace.writer("attempts/file") as writer:
+        writer.write(b"a part")
+        raise KeyError("stop")
+    assert workspace.read("attempts/file", record) == b"whole"
+
+
+@pytest.mark.parametrize("content", [b"", b"small" * 20, bytes(range(256)) * 4096 * 12])
+def test_small_files_go_by_one_put_and_large_ones_in_parts(bucket, client, content):
+    workspace = pickle.loads(pickle.dumps(Workspace.open(bucket("ws"), create=True)))
+    record = workspace.write("puts/file", content)
+    assert workspace.read("puts/file", record) == content
+    in_parts = "-" in client.head_object(Bucket="pool", Key="ws/puts/file")["ETag"]
+    assert in_parts == (len(content) > 10_000_000)
+    assert not client.list_multipart_uploads(Bucket="pool").get("Uploads")
+
+
+def test_a_setting_of_the_uri_stands(bucket):
+    location = locate(f"{bucket('ws')}&allow_delayed_open=false")
+    assert "allow_delayed_open=true" not in location.name
+    assert "'allow_delayed_open': False" in str(location.filesystem.__reduce__())
+    assert "'allow_delayed_open': True" in str(locate(bucket("ws")).filesystem.__reduce__())

@@ -131,27 +131,35 @@ def test_manifest_round_trip(workspace):
         manifest.file("other.parquet")
 
 
-def test_an_artefact_without_manifest_or_with_damaged_files_counts_for_nothing(workspace):
+def test_an_artefact_without_manifest_or_with_damaged_files_counts_for_nothing(workspace, caplog):
     assert find_manifest(workspace, "demo/none") is None
     manifest = _artefact(workspace)
     workspace.write(manifest.files[0].path, b"")
+    assert caplog.messages == []
     assert find_manifest(workspace, manifest.folder) is None
+    assert caplog.messages == [
+        f"{manifest.folder} counts as unfinished: missing or cut short: {manifest.files[0].path}"
+    ]
     assert damaged_files(workspace, manifest.files) == [manifest.files[0].path]
 
 
-def test_a_manifest_that_was_altered(workspace):
+def test_a_manifest_that_was_altered(workspace, caplog):
     manifest = _artefact(workspace)
     path = f"{manifest.folder}/{MANIFEST_FILE}"
     content = workspace.read_json(path)
     workspace.write_json(path, {**content, "made_from": {"rows": 3}})
     with pytest.raises(AlteredFileError, match="key and content disagree"):
-        find_manifest(workspace, manifest.folder)
+        read_manifest(workspace, manifest.folder)
     workspace.write_json(path, {key: value for key, value in content.items() if key != "counts"})
     with pytest.raises(AlteredFileError, match="not a manifest"):
-        find_manifest(workspace, manifest.folder)
+        read_manifest(workspace, manifest.folder)
     workspace.write(path, json.dumps(content)[:-20].encode())
     with pytest.raises(AlteredFileError, match="not JSON"):
-        find_manifest(workspace, manifest.folder)
+        read_manifest(workspace, manifest.folder)
+    assert find_manifest(workspace, manifest.folder) is None
+    said = f"{manifest.folder} counts as unfinished: its manifest.json was altered or cut short"
+    assert caplog.messages == [said]
+    assert find_manifest(workspace, _artefact(workspace).folder) == manifest
 
 
 def test_any_filesystem_and_other_processes(tmp_path, workspace):

@@ -251,6 +251,14 @@ class TestFiles:
         ("workspace=s3://KEYID:top/secret+topsecret@bucket/ws", "workspace"),
         ("workspace=' s3://KEYID:topsecret@bucket/ws'", "workspace"),
         ("workspace=local::s3://KEYID:topsecret@bucket/ws", "workspace"),
+        ("workspace=abfss://acc.dfs.core.windows.net/c?client_secret=topsecret", "workspace"),
+        ("workspace='abfs://c@acc.dfs.core.windows.net/p?tenant_id=a&Account_Key=topsecret'", "workspace"),
+        ("workspace=abfs://c:topsecret@acc.dfs.core.windows.net/p", "workspace"),
+        ("workspace='abfs://:top/secret+topsecret@acc.blob.core.windows.net/c'", "workspace"),
+        ("workspace='https://h/p?sv=1&sig=topsecret'", "workspace"),
+        ("workspace='https://h/p?api%2Dkey=topsecret'", "workspace"),
+        ("workspace='https://h/p?X-Amz-Signature=topsecret'", "workspace"),
+        ("workspace='s3://bucket/ws?region=r&session_token='", "workspace"),
     ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_repeated(override: str, key: str) -> None:
@@ -259,6 +267,18 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(override: str, key: s
     assert "topsecret" not in str(raised.value) and "KEYID" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a@b", "/data/a:b@c", "s3://bucket?endpoint_override=a@b:1", "a@b"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a@b",
+        "/data/a:b@c",
+        "s3://bucket?endpoint_override=a@b:1",
+        "a@b",
+        "abfs://container@account.dfs.core.windows.net/path",
+        "ABFSS://container@account.dfs.core.windows.net/path?tenant_id=t",
+        "s3://bucket/token?region=signals&scheme=http",
+        "/data/what?token=1",
+    ],
+)
 def test_a_path_with_an_at_sign_holds_no_credentials(uri: str) -> None:
     assert parse_config(minimal(), [f"workspace='{uri}'"]).workspace == uri

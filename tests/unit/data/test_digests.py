@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rose_ray.data.digests import digest_words, first_places, is_sampled, row_id_words
+from rose_ray.data.digests import DigestIndex, digest_words, first_places, is_sampled, row_id_words
 from rose_ray.errors import AlteredFileError
 
 
@@ -26,6 +26,17 @@ def test_no_rows():
 def test_digests_that_differ_in_one_word_only():
     words = np.array([[1, 2], [1, 3], [0, 2], [1, 2]], dtype=np.uint64)
     assert first_places(words).tolist() == [0, 1, 2, 0]
+
+
+def test_an_index_finds_what_a_dictionary_finds():
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 12, (400, 2)).astype(np.uint64)  # most share their first half with others
+    known = np.unique(words[:200], axis=0)[::-1]
+    places = {tuple(row): place for place, row in enumerate(known.tolist())}
+    expected = [places.get(tuple(row), -1) for row in words.tolist()]
+    assert DigestIndex(known).places(words).tolist() == expected and -1 in expected
+    assert DigestIndex(known).places(digest_words([])).tolist() == []
+    assert DigestIndex(digest_words([])).places(words).tolist() == [-1] * len(words)
 
 
 def test_sampling_is_stable_nested_and_near_its_fraction():

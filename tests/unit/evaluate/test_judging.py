@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rose_ray.evaluate.judging import judge_answers, judge_numbers, judge_pair, 
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stores.manifest import find_manifest
 from rose_ray.stores.workspace import Workspace
-from tests.tiny import byte_level_tokenizer, tiny_config
+from tests.tiny import as_pickle, byte_level_tokenizer, tiny_config
 
 CONFIG = JudgeConfig(name="j", kind="endpoint", url="http://h/v1", model="m", parallel=2, max_unusable=0.25)
 
@@ -214,6 +215,13 @@ def load_tokeniser_ids(folder: str, prompt: tuple[Message, ...], answer: str) ->
     from rose_ray.config.model import ModelConfig
 
     return torch.tensor([load_tokeniser(ModelConfig(base=folder)).encode_answer(prompt, answer).input_ids])
+
+
+def test_a_reward_model_is_not_read_from_a_pickle(reward_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reward_folder, tmp_path / "reward"))
+    as_pickle(folder)
+    with pytest.raises(ModelError, match=r"judge r: cannot load .* as a reward model: .*model\.safetensors"):
+        load_judge(JudgeConfig(name="r", kind="reward_model", model=str(folder)))
 
 
 def test_a_language_model_is_no_reward_model(base_folder: str) -> None:

@@ -18,7 +18,15 @@ from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Sc
 from rose_ray.methods.registry import method_of
 from rose_ray.methods.shards import MethodRun
 from rose_ray.schemas import scores_schema
-from rose_ray.stores.shards import SHARD_SCORES, SURVEYS, find_receipt, read_arrays, shards_without, write_arrays
+from rose_ray.stores.shards import (
+    LENGTHS,
+    SHARD_SCORES,
+    SURVEYS,
+    find_receipt,
+    missing_shards,
+    read_arrays,
+    write_arrays,
+)
 from rose_ray.stores.workspace import Workspace
 from tests.methods import make_pair, make_pool, run_method, tiny_tokeniser
 from tests.tiny import make_pool_rows
@@ -104,10 +112,10 @@ def test_new_files_cost_their_rows_alone_unless_the_pool_is_looked_at(
             run_method(workspace, pool, target(method), tokeniser, PAIRS)
     assert (keys[0].key != keys[1].key) == is_rescored and keys[0].survey_key == keys[1].survey_key
     shards = [entry["shard"] for entry in pool.facts["shards"]]
-    missing = shards_without(workspace, SHARD_SCORES, keys[1].key, shards, skipped_of(workspace, pool))
+    missing = missing_shards(workspace, SHARD_SCORES, keys[1].key, shards, skipped_of(workspace, pool))
     assert len(missing) == (len(shards) if is_rescored else 2)
     if is_rescored:
-        assert len(shards_without(workspace, SURVEYS, keys[1].survey_key, shards, skipped_of(workspace, pool))) == 2
+        assert len(missing_shards(workspace, SURVEYS, keys[1].survey_key, shards, skipped_of(workspace, pool))) == 2
 
 
 def skipped_of(workspace: Workspace, pool: Any) -> dict[str, list[str]]:
@@ -127,6 +135,22 @@ def test_sums_over_other_rows_are_made_again(workspace: Workspace, tmp_path: Pat
     assert find_receipt(workspace, SURVEYS, survey.split("/")[1], shard, skipped) is not None
     assert find_receipt(workspace, SURVEYS, survey.split("/")[1], shard, more) is None
     assert find_receipt(workspace, SHARD_SCORES, scores.split("/")[1], shard, []) is None
+
+
+@pytest.mark.parametrize("kind", [LENGTHS, SURVEYS, SHARD_SCORES])
+def test_a_shard_whose_files_cannot_be_read_is_missing(
+    workspace: Workspace, tmp_path: Path, tokenizer: Any, kind: str
+) -> None:
+    pool = a_pool(workspace, tmp_path)
+    run_method(workspace, pool, target("dsir"), tiny_tokeniser(tokenizer), PAIRS)
+    (folder,) = workspace.list_subfolders(kind)
+    shards, skipped = [entry["shard"] for entry in pool.facts["shards"]], skipped_of(workspace, pool)
+    path = next(path for path in workspace.list_folder(f"{folder}/{shards[1]}") if not path.endswith(".json"))
+    assert missing_shards(workspace, kind, folder.split("/")[1], shards, skipped) == {}
+    workspace.write(path, bytes(len(workspace.read(path))))
+    found = missing_shards(workspace, kind, folder.split("/")[1], shards, skipped)
+    what = "safetensors header" if kind == SURVEYS else "Parquet footer"
+    assert found.keys() == {shards[1]} and found[shards[1]].startswith(f"{path}: no readable {what}")
 
 
 @pytest.mark.parametrize(

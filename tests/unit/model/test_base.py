@@ -19,7 +19,7 @@ from rose_ray.errors import ModelError
 from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import adapter_parameters, layout_of
 from rose_ray.model.tokenizer import chat_template, load_tokeniser, load_tokenizer, resolve_base
-from tests.tiny import CHAT_TEMPLATE
+from tests.tiny import CHAT_TEMPLATE, as_pickle
 
 
 @pytest.fixture
@@ -61,6 +61,12 @@ def test_the_digest_stands_for_weights_and_configuration(copied: Path, base_fold
     weights.unlink()
     with pytest.raises(ModelError, match=r"no \*.safetensors file"):
         base_digest(str(copied))
+
+
+def test_weights_are_not_read_from_a_pickle(copied: Path) -> None:
+    as_pickle(copied)
+    with pytest.raises(ModelError, match=r"cannot load it as a causal language model: .*model\.safetensors"):
+        load_base(_config(copied))
 
 
 def test_a_tokenizer_without_padding_uses_its_end_token(copied: Path) -> None:

@@ -7,16 +7,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from rose_ray.cli import app
-from rose_ray.stores.features import shard_folder, why_missing
+from rose_ray.errors import LeaseError
+from rose_ray.stores.features import shard_folder
 from rose_ray.stores.lease import held
 from rose_ray.stores.leftovers import is_leftover, sweep_shared
-from rose_ray.stores.manifest import Manifest, commit_artefact
+from rose_ray.stores.manifest import Manifest, commit_artefact, commit_manifest
+from rose_ray.stores.shards import FEATURES, why_missing, write_arrays
 from rose_ray.stores.verify import delete_orphans, verify, verify_lines
 from rose_ray.stores.workspace import Workspace
 from tests.distributed.tiny import tiny_content
@@ -66,22 +69,22 @@ def test_a_look_finds_files_that_were_cut_short(
     workspace: Workspace, damage: Callable[[Path], None], message: str
 ) -> None:
     manifest = shard(workspace)
-    assert why_missing(workspace, "key", "s", []) is None
+    assert why_missing(workspace, FEATURES, "key", "s", []) is None
     path = manifest.files[0].path
     damage(Path(workspace.root.path) / path)
-    reason = why_missing(workspace, "key", "s", [])
+    reason = why_missing(workspace, FEATURES, "key", "s", [])
     assert reason is not None and re.match(rf"{path}: {message}", reason)
     shard(workspace)
-    assert why_missing(workspace, "key", "s", []) is None
+    assert why_missing(workspace, FEATURES, "key", "s", []) is None
 
 
 def test_other_reasons_to_make_a_shard(workspace: Workspace) -> None:
-    assert why_missing(workspace, "key", "s", []) == ""
+    assert why_missing(workspace, FEATURES, "key", "s", []) == ""
     manifest = shard(workspace, skipped=("a",))
-    assert why_missing(workspace, "key", "s", ["a", "b"]) is None
-    assert "rows are wanted" in str(why_missing(workspace, "key", "s", ["b"]))
+    assert why_missing(workspace, FEATURES, "key", "s", ["a", "b"]) is None
+    assert "other rows were wanted" in str(why_missing(workspace, FEATURES, "key", "s", ["b"]))
     workspace.write(f"{manifest.folder}/manifest.json", b"{")
-    assert "not JSON" in str(why_missing(workspace, "key", "s", ["a"]))
+    assert "not JSON" in str(why_missing(workspace, FEATURES, "key", "s", ["a"]))
 
 
 def test_verify_names_what_is_altered_missing_and_orphaned(workspace: Workspace) -> None:
@@ -119,12 +122,22 @@ def test_verify_names_what_is_altered_missing_and_orphaned(workspace: Workspace)
         unread.files[0].path: "not in its folder's manifest",
     }
     assert told == sorted(told) and len(told) == findings.num_files == 4
-    text = "\n".join(verify_lines(workspace, findings, deleted=False))
+    text = "\n".join(verify_lines(workspace, findings, deleted_orphans=False, deleted_damaged=False))
     assert f"missing   {made['gone'].files[0].path}\n" in text and f"orphaned  {begun}: of an" in text
     assert f"\n  {altered.folder}\n" in text and "--delete-orphans" in text
 
     delete_orphans(workspace, findings)
     assert not verify(workspace).orphans.keys() & {extra, begun, tmp}
+
+
+def test_the_state_of_a_training_is_an_orphan_once_it_has_ended(workspace: Workspace) -> None:
+    state = workspace.write("warmup/0123/resume/update-1/state.safetensors", b"x").path
+    assert verify(workspace).is_clean
+    commit_artefact(workspace, "warmup", {}, [], {}, {}, started=0.0, folder="warmup/0123")
+    findings = verify(workspace)
+    assert findings.orphans == {state: "the state of a training that has ended"}
+    delete_orphans(workspace, findings)
+    assert verify(workspace).is_clean
 
 
 def test_the_command_takes_a_workspace_or_a_configuration(workspace: Workspace, tmp_path: Path) -> None:
@@ -144,12 +157,54 @@ def test_the_command_takes_a_workspace_or_a_configuration(workspace: Workspace, 
     assert result.exit_code == 1 and "no workspace at" in result.stderr
 
 
+def test_damaged_artefacts_count_as_unfinished_once_asked_for(workspace: Workspace) -> None:
+    root = Path(workspace.root.path)
+    made = {name: shard(workspace, name) for name in ("whole", "altered", "gone", "unread")}
+    checkpoint = write_arrays(
+        workspace, "warmup/0123/checkpoint-1/adapter_model.safetensors", {"a": np.zeros(9), "b": np.zeros(0)}
+    )
+    warmup = commit_artefact(workspace, "warmup", {}, [checkpoint], {}, {}, started=0.0, folder="warmup/0123")
+    flip(root / made["altered"].files[0].path)
+    (root / made["gone"].files[0].path).unlink()
+    workspace.write(f"{made['unread'].folder}/manifest.json", b"{")
+    flip(root / checkpoint.path)
+    result = CliRunner().invoke(app, ["verify", workspace.root.path])
+    assert result.exit_code == 1
+    advice = "Add --delete-damaged and run again: these are made anew, with the same bytes."
+    assert f"{advice}\n  {made['altered'].folder}\n" in result.stdout
+    result = CliRunner().invoke(app, ["verify", workspace.root.path, "--delete-damaged"])
+    assert result.exit_code == 1  # for the warm-up
+    assert "with --new-warmup:\n  warmup/0123\n" in result.stdout and "/checkpoint-1\n" not in result.stdout
+    left = {path.parent.relative_to(root).as_posix() for path in root.rglob("manifest.json")}
+    assert left == {made["whole"].folder, warmup.folder}
+    for name in ("altered", "gone", "unread"):
+        assert why_missing(workspace, FEATURES, "key", name, []) == ""
+        shard(workspace, name)
+    flip(root / checkpoint.path)
+    assert verify(workspace).is_clean
+    flip(root / made["altered"].files[0].path)
+    assert CliRunner().invoke(app, ["verify", workspace.root.path, "--delete-damaged"]).exit_code == 0
+
+
 def test_a_run_at_work_keeps_its_unfinished_files(workspace: Workspace) -> None:
     workspace.write("features/key/begun/checkpoint-1.parquet", b"x")
     with held(workspace, 60.0):
-        result = CliRunner().invoke(app, ["verify", workspace.root.path, "--delete-orphans"])
-    assert result.exit_code == 1 and "another run is at work on it" in result.stderr
+        results = [
+            CliRunner().invoke(app, ["verify", workspace.root.path, option])
+            for option in ("--delete-orphans", "--delete-damaged")
+        ]
+    assert all(each.exit_code == 1 and "another run is at work on it" in each.stderr for each in results)
     assert workspace.exists("features/key/begun/checkpoint-1.parquet")
+
+
+def test_a_run_that_was_taken_over_from_sweeps_nothing(workspace: Workspace) -> None:
+    manifest = shard(workspace)
+    beside = f"{manifest.files[0].path}.{LEFTOVER}"
+    workspace.write(beside, b"its successor writes here")
+    workspace.write("lease/00000002.json", b"{}")
+    with pytest.raises(LeaseError):
+        commit_manifest(workspace.fenced(1), manifest)
+    assert workspace.exists(beside)
 
 
 def test_commits_and_runs_sweep_what_dead_writers_left(workspace: Workspace) -> None:
