@@ -22,7 +22,7 @@ from rose_ray.config.job import JobConfig
 from rose_ray.errors import ConfigError
 from rose_ray.evaluate.benchmarks import check_apart, held_out_benchmark
 from rose_ray.evaluate.index import Entry, Index, write_index
-from rose_ray.stages.target_pairs import read_target_pairs
+from rose_ray.stages.target_pairs import read_target_asked, read_target_pairs
 from rose_ray.stores.history import make_latest
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.workspace import Workspace
@@ -71,7 +71,7 @@ def test_every_task_is_a_valid_job_that_differs_in_its_evaluation_alone(data: Pa
 def pair_ids(config: JobConfig) -> tuple[set[str], set[str]]:
     """Of steering and held-out pairs; the evaluation's own check of them is passed."""
     assert config.evaluation is not None
-    steering = {target.name: read_target_pairs(target) for target in config.targets}
+    steering = {target.name: read_target_asked(target) for target in config.targets}
     held_out = [
         held_out_benchmark(entry, read_target_pairs(config.targets[0].model_copy(update={"pairs": entry.pairs})))
         for entry in config.evaluation.held_out
