@@ -20,9 +20,9 @@ from benchmarks.evidence.selected import selected_rows
 from rose_ray.config import parse_config
 from rose_ray.config.job import JobConfig
 from rose_ray.errors import ConfigError
-from rose_ray.evaluate.benchmarks import check_apart, held_out_benchmark
+from rose_ray.evaluate.benchmarks import check_apart
 from rose_ray.evaluate.index import Entry, Index, write_index
-from rose_ray.stages.target_pairs import read_target_asked, read_target_pairs
+from rose_ray.stages.target_pairs import read_target_asked
 from rose_ray.stores.history import make_latest
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.workspace import Workspace
@@ -72,13 +72,13 @@ def pair_ids(config: JobConfig) -> tuple[set[str], set[str]]:
     """Of steering and held-out pairs; the evaluation's own check of them is passed."""
     assert config.evaluation is not None
     steering = {target.name: read_target_asked(target) for target in config.targets}
-    held_out = [
-        held_out_benchmark(entry, read_target_pairs(config.targets[0].model_copy(update={"pairs": entry.pairs})))
+    held_out = {
+        entry.name: read_target_asked(config.targets[0].model_copy(update={"pairs": entry.pairs, "shots": None}))
         for entry in config.evaluation.held_out
-    ]
-    check_apart(steering, held_out)
-    own = {pair.pair_id for arm in config.evaluation.arms or [] for pair in steering[arm]}
-    return own, {pair.pair_id for benchmark in held_out for pair in benchmark.pairs}
+    }
+    check_apart({name: asked.values() for name, asked in steering.items()}, held_out)
+    own = {pair_id for arm in config.evaluation.arms or [] for pair_id in steering[arm]}
+    return own, {pair_id for asked in held_out.values() for pair_id in asked}
 
 
 def test_pairs_that_cannot_be_used_are_passed_over_and_counted(data: Path, base_folder: str) -> None:
