@@ -73,11 +73,8 @@ def make_features(
         job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
     if missing:
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
-        with called_roll(job.config.ray.actors) as roll, released_gangs(spec):
+        with called_roll(job.config.ray.actors, job.result.events) as roll, released_gangs(spec):
             num_halvings = _compute(replace(spec, roll=roll), pool, missing, skipped, job.config.ray)
-            num_lost = ray.get(roll.num_lost.remote())
-        if num_lost:
-            job.result.events.append(f"scoring actors lost and replaced: {num_lost}")
         if num_halvings:
             job.result.events.append(f"batches halved for memory: {num_halvings}")
     for number, (name, feature_set) in enumerate(sets.items()):

@@ -21,7 +21,7 @@ from rose_ray.distributed.bank import BANK_BATCH_TOKENS
 from rose_ray.distributed.data import set_up_ray_data
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
-from rose_ray.distributed.roll import called_roll
+from rose_ray.distributed.roll import ENDLESS, called_roll
 from rose_ray.distributed.tokens import count_shard_tokens
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError, ConfigError, DataError
@@ -188,11 +188,14 @@ def _prepare(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest
     if run.method.needs.any_model:
         from rose_ray.distributed.method_actor import MethodActor
 
-        actor = job.actor(MethodActor, _spec(job, warmup), view.reference, run)
-        try:
-            state = ray.get(actor.prepare.remote())
-        finally:
-            ray.kill(actor)
+        who = f"workers that prepare {target.name}"
+        with called_roll(1, job.result.events, who) as roll:
+            spec = replace(_spec(job, warmup), roll=roll)
+            actor = job.actor(MethodActor, spec, view.reference, run, restarts=ENDLESS)
+            try:
+                state = ray.get(actor.prepare.remote())
+            finally:
+                ray.kill(actor)
     else:
         state = ray.get(job.task(steps.make_state, job.workspace, view.reference, run, None))
     job.note(f"prepare {target.name}", state, started, reused=False)
@@ -217,11 +220,11 @@ def _score(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest |
 def _score_with_model(view: _Pool, stage: str, run: MethodRun, missing: Sequence[str], warmup: Manifest | None) -> None:
     from rose_ray.distributed.method_actor import MethodActor
 
-    settings = view.job.config.ray
+    settings, events, num_halvings = view.job.config.ray, view.job.result.events, 0
     set_up_ray_data(settings)
     rows = [{"shard": shard, "skipped": view.skipped.get(shard, [])} for shard in missing]
     progress = Progress(stage, sum(view.rows[shard] for shard in missing), "rows")
-    with called_roll(settings.actors) as roll:
+    with called_roll(settings.actors, events, f"{stage}: scoring actors") as roll:
         spec = replace(_spec(view.job, warmup), roll=roll)
         lines = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             MethodActor,
@@ -233,7 +236,10 @@ def _score_with_model(view: _Pool, stage: str, run: MethodRun, missing: Sequence
         )
         with said_while_waiting(progress, settings):
             for line in lines.iter_rows():
+                num_halvings += int(line["num_halvings"])
                 progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
+    if num_halvings:
+        events.append(f"{stage}: batches halved for memory: {num_halvings}")
 
 
 def _spec(job: Job, warmup: Manifest | None) -> Any:
