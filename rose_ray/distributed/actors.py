@@ -97,6 +97,18 @@ class ScoringSpec:
             self.workspace.read(record.path, record)
         return [read_checkpoint(self.workspace.location(folder), self.layout) for folder in self.checkpoints]
 
+    def computed_with(self) -> dict[str, Any]:
+        """What moves features by rounding and is no part of their key."""
+        return {
+            "device": self.device,
+            "ranks": self.ranks,
+            "max_batch_tokens": self.max_batch_tokens,
+            "attention": self.model.attention,
+            "loader": self.model.loader,
+            "kernel": self.gradients.kernel,
+            "packing": self.gradients.packing,
+        }
+
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoints, the last part of their folders."""
         return [folder.rsplit("/", 1)[-1] for folder in self.checkpoints]
@@ -205,6 +217,7 @@ class ScoringActor(ModelHolder):
             "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
             "num_positions": features.num_positions,
             "num_halvings": features.num_halvings,
+            "computed_with": spec.computed_with(),
             "load_seconds": round(loaded - start, 3),
             "compute_seconds": round(computed - loaded, 3),
             "ended_at": round(time.time(), 3),
@@ -228,6 +241,7 @@ class ScoringActor(ModelHolder):
         count_shard(counts, facts, len(spec.checkpoints), self._idle_since - computed)
         told = {name: facts[name] for name in ("num_tokens", "num_halvings")}
         seconds = round(self._idle_since - start, 3)
+        told["max_batch_tokens"] = features.max_batch_tokens
         return {"shard": shard, **counts, **told, "num_bytes": num_bytes, "seconds": seconds}
 
 

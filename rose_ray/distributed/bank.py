@@ -14,7 +14,7 @@ import ray
 
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import BANK_WORKERS, BankActor
+from rose_ray.distributed.actors import BANK_WORKERS, BankActor, device_of
 from rose_ray.distributed.gang import GangBank, released_gangs
 from rose_ray.distributed.job import FeatureSet, Job
 from rose_ray.distributed.progress import Progress
@@ -24,6 +24,7 @@ from rose_ray.stages.bank import BANK_VERSION, pairs_digest
 from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
+from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,23 @@ def batch_budget(job: Job, warmup: Manifest, actor: ModelActor) -> int:
     job.workspace.write_json(file, {"max_batch_tokens": measured})
     logger.info(f"features: batches of up to {measured:,} tokens, as measured; remembered in {file}")
     return measured
+
+
+def budget_to_lower(job: Job, warmup: Manifest) -> str | None:
+    """Return the file of the measured bound where a halved one is to be remembered: measured, and on a GPU.
+
+    On the CPU the bound stays: bytes must not depend on what did not fit once.
+    """
+    measured = job.config.gradients.max_batch_tokens == "auto" and device_of(job.config.ray) == "cuda"
+    return job.budget_file(warmup) if measured else None
+
+
+def remember_halved(workspace: Workspace, file: str, max_batch_tokens: int) -> None:
+    """Lower the remembered bound of a batch to one that was halved for memory: later runs begin with it."""
+    before = int(workspace.read_json(file)["max_batch_tokens"])
+    if max_batch_tokens < before:
+        workspace.write_json(file, {"max_batch_tokens": max_batch_tokens})
+        logger.info(f"features: {before:,} tokens did not fit; {max_batch_tokens:,} are remembered in {file}")
 
 
 def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

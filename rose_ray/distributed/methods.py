@@ -32,6 +32,7 @@ from rose_ray.methods.shards import MethodRun
 from rose_ray.methods.table import make_table, table_folder
 from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.manifest import Manifest, find_manifest
+from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.runs import StageRecord
 from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS, find_receipt, shards_without
 
@@ -59,8 +60,11 @@ class _Pool:
         """Counts and bytes of all receipts together."""
         counts: dict[str, int] = {}
         num_bytes = 0
-        for shard in self.shards:
-            receipt = find_receipt(self.job.workspace, kind, key, shard, self.skipped.get(shard, []))
+
+        def look(shard: str) -> Manifest | None:
+            return find_receipt(self.job.workspace, kind, key, shard, self.skipped.get(shard, []))
+
+        for shard, receipt in zip(self.shards, looked_up(look, self.shards), strict=True):
             if receipt is None:
                 raise AccountingError(f"{stage}: shard {shard} is not complete. Run again.")
             counts = {name: counts.get(name, 0) + value for name, value in receipt.counts.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,11 @@ from numpy.typing import NDArray
 from rose_ray.errors import AlteredFileError
 from rose_ray.failpoints import die_at
 from rose_ray.stores.manifest import Manifest, commit_artefact, find_manifest
+from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.workspace import FileRecord, Workspace
 
 LENGTHS, SURVEYS, SHARD_SCORES = "lengths", "surveys", "shard_scores"
 """Kinds: tokens of rows, parts of pool statistics, scores of a method."""
-
-_LOOKING_THREADS = 32  # they wait for storage, not for the processor
 
 
 def find_receipt(workspace: Workspace, kind: str, key: str, shard: str, skipped: Sequence[str]) -> Manifest | None:
@@ -47,8 +47,7 @@ def shards_without(
     def lacks(shard: str) -> bool:
         return find_receipt(workspace, kind, key, shard, skipped.get(shard, [])) is None
 
-    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
-        return [shard for shard, is_lacking in zip(shards, threads.map(lacks, shards), strict=True) if is_lacking]
+    return [shard for shard, is_lacking in zip(shards, looked_up(lacks, shards), strict=True) if is_lacking]
 
 
 def commit_shard(
@@ -63,10 +62,10 @@ def commit_shard(
     started: float,
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the receipt of a shard whose files are all there."""
+    """Write the receipt of a shard whose files are all there: among its facts, the process that made it."""
     die_at("before_receipt")
     made_from = {kind: key, "shard": shard}
-    told = {"skipped": list(skipped), **(facts or {})}
+    told = {"skipped": list(skipped), "host": socket.gethostname(), "pid": os.getpid(), **(facts or {})}
     folder = f"{kind}/{key}/{shard}"
     return commit_artefact(workspace, kind, made_from, files, counts, told, started=started, folder=folder)
 
