@@ -313,6 +313,7 @@ class BankActor(ModelHolder):
 
     def _encoded(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> tuple[list[EncodedPair], torch.Tensor]:
         encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
+        die_at("mid_pairs")
         return encoded, reference_logps(self.model, encoded, max_batch_tokens=self.spec.max_batch_tokens)
 
 
