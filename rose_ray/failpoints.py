@@ -4,6 +4,7 @@
 
 - ``before_receipt``: the process is killed between the data of a shard and its receipt; NUMBER times in all.
 - ``mid_batch``: it is killed within a backward pass; NUMBER times in all.
+- ``mid_pairs``: it is killed within the work on a target's pairs, for its bank or basis; NUMBER times in all.
 - ``actor_start``: it is killed when a scoring actor starts; NUMBER times in all.
 - ``out_of_memory``: torch's error is raised for batches of more than NUMBER positions.
 

@@ -34,7 +34,7 @@ def diff(
 ) -> None:
     """Say what changed between two versions of a target's selection."""
     from rose_ray.stages.drift import drift
-    from rose_ray.stages.drift_lines import drift_lines
+    from rose_ray.stages.drift_lines import drift_json, drift_lines
     from rose_ray.stores.history import find_version, read_version
 
     workspace = open_workspace(config, overrides)
@@ -44,7 +44,7 @@ def diff(
         typer.echo(line)
     if out is not None:
         with open(out, "w", encoding="utf-8") as file:
-            json.dump(found.as_json(), file, indent=2)
+            json.dump(drift_json(found), file, indent=2)
         typer.echo(f"wrote {out}")
 
 

@@ -23,7 +23,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.metrics import count, count_shard
-from rose_ray.distributed.roll import enrol
+from rose_ray.distributed.roll import Enrolment
 from rose_ray.distributed.session import carried_errors
 from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
 from rose_ray.distributed.tokens import cached_tokeniser
@@ -42,6 +42,9 @@ from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, shard_folde
 from rose_ray.stores.manifest import commit_artefact
 from rose_ray.stores.workspace import FileRecord, Workspace
 
+BANK_WORKERS = "bank workers"
+"""Actors that work on pairs, for people."""
+
 
 @dataclass(frozen=True)
 class ScoringSpec:
@@ -58,7 +61,7 @@ class ScoringSpec:
         max_batch_tokens: Bound on rows times length of a batch.
         memory_share: Part of its device's memory that an actor may plan with.
         spaces: What features are made for.
-        roll: Where scoring actors report, if anywhere; see `called_roll`.
+        roll: Where actors report, if anywhere; see `called_roll`.
         ranks: Ranks that share an actor's model.
         cpus, gpus: Of each rank.
         stall_seconds: A gang that is silent for so long has come apart.
@@ -93,6 +96,18 @@ class ScoringSpec:
         for record in self.checkpoint_files:
             self.workspace.read(record.path, record)
         return [read_checkpoint(self.workspace.location(folder), self.layout) for folder in self.checkpoints]
+
+    def computed_with(self) -> dict[str, Any]:
+        """What moves features by rounding and is no part of their key."""
+        return {
+            "device": self.device,
+            "ranks": self.ranks,
+            "max_batch_tokens": self.max_batch_tokens,
+            "attention": self.model.attention,
+            "loader": self.model.loader,
+            "kernel": self.gradients.kernel,
+            "packing": self.gradients.packing,
+        }
 
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoints, the last part of their folders."""
@@ -145,17 +160,15 @@ class ScoringActor(ModelHolder):
         super().__init__(spec)
         self.settings = self.direction_settings()
         self._idle_since: float | None = None
-        # Raised at the first call: what a constructor raises, Ray loses.
-        self.refusal = enrol(spec.roll) if spec.roll is not None else None
-        if self.refusal is None:
+        self.enrolment = Enrolment(spec.roll)
+        if self.enrolment.refusal is None:
             die_at("actor_start")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
         columns = (batch[name] for name in ("shard", "tokens", "rejected", "skipped", "spaces"))
         with carried_errors():
-            if self.refusal is not None:
-                raise self.refusal
+            self.enrolment.check()
             lines = [
                 self.score_shard(
                     str(shard), _table(tokens), _table(rejected), _table(skipped), [int(number) for number in spaces]
@@ -204,6 +217,7 @@ class ScoringActor(ModelHolder):
             "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
             "num_positions": features.num_positions,
             "num_halvings": features.num_halvings,
+            "computed_with": spec.computed_with(),
             "load_seconds": round(loaded - start, 3),
             "compute_seconds": round(computed - loaded, 3),
             "ended_at": round(time.time(), 3),
@@ -222,12 +236,12 @@ class ScoringActor(ModelHolder):
                 spec.workspace, "features", made_from, files, counts, facts, started=start, folder=folder
             )
             num_bytes += receipt.num_bytes
-        if spec.roll is not None:
-            spec.roll.finished.remote()
+        self.enrolment.finished()
         self._idle_since = time.monotonic()
         count_shard(counts, facts, len(spec.checkpoints), self._idle_since - computed)
         told = {name: facts[name] for name in ("num_tokens", "num_halvings")}
         seconds = round(self._idle_since - start, 3)
+        told["max_batch_tokens"] = features.max_batch_tokens
         return {"shard": shard, **counts, **told, "num_bytes": num_bytes, "seconds": seconds}
 
 
@@ -237,8 +251,13 @@ class BankActor(ModelHolder):
     writes = True
     """Of ranks that share a model one writes what all of them compute."""
 
+    def __init__(self, spec: ScoringSpec) -> None:
+        super().__init__(spec)
+        self.enrolment = bank_enrolment(spec)
+
     def budget(self, spaces: Sequence[SpaceSpec]) -> int:
         """Return the largest batch that fits beside the maps of these spaces, in tokens."""
+        self.enrolment.check()
         run, length = self.longest_rows([self.projections(space)[0] for space in spaces])
         meter, device = memory_meter(self.model.device), self.model.device.type
         return measured_budget(run, length, MOST_TOKENS[device], meter, share=self.spec.memory_share)
@@ -258,8 +277,9 @@ class BankActor(ModelHolder):
 
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
         """Return a target's bank, a table per checkpoint."""
+        self.enrolment.check()
         encoded, reference_V2 = self._encoded(target, pairs)
-        return [
+        tables = [
             pair_gradients(
                 self.model,
                 encoded,
@@ -272,9 +292,12 @@ class BankActor(ModelHolder):
             ).table()
             for checkpoint, projection in zip(self.checkpoints, self.projections(space), strict=True)
         ]
+        self.enrolment.finished()
+        return tables
 
     def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
         """Write a target's exact basis, a file per checkpoint: it is too large to travel."""
+        self.enrolment.check()
         encoded, reference_V2 = self._encoded(target, pairs)
         spec = self.spec
         per_subtask = spec.gradients.exact_basis == "subtasks"
@@ -285,11 +308,18 @@ class BankActor(ModelHolder):
             if self.writes:
                 path = f"{folder}/{name}.safetensors"
                 records.append(spec.workspace.write(path, basis_bytes(basis_JP), num_rows=len(basis_JP)))
+        self.enrolment.finished()
         return records
 
     def _encoded(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> tuple[list[EncodedPair], torch.Tensor]:
         encoded = encode_pairs(pairs, cached_tokeniser(self.spec.model), target)
+        die_at("mid_pairs")
         return encoded, reference_logps(self.model, encoded, max_batch_tokens=self.spec.max_batch_tokens)
+
+
+def bank_enrolment(spec: ScoringSpec) -> Enrolment:
+    """Take a place on the roll of the actors that work on pairs."""
+    return Enrolment(spec.roll, BANK_WORKERS, "a target")
 
 
 def _half_precision_beta(target: TargetConfig) -> float | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,13 +14,17 @@ import ray
 
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import BankActor
+from rose_ray.distributed.actors import BANK_WORKERS, BankActor, device_of
 from rose_ray.distributed.gang import GangBank, released_gangs
 from rose_ray.distributed.job import FeatureSet, Job
+from rose_ray.distributed.progress import Progress
+from rose_ray.distributed.roll import ENDLESS, called_roll
+from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.stages.bank import BANK_VERSION, pairs_digest
 from rose_ray.stages.basis import BASIS_VERSION
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest
+from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +34,40 @@ BANK_BATCH_TOKENS = 4096
 
 
 class ModelActor:
-    """The one actor that works on pairs; it starts when first needed."""
+    """The one actor that works on pairs; it starts when first needed, and again when it is lost."""
 
     def __init__(self, job: Job, warmup: Manifest) -> None:
         self.job = job
         self._handle: Any = None
+        self._open = ExitStack()
         configured = job.config.gradients.max_batch_tokens
         self._spec = job.spec(warmup, BANK_BATCH_TOKENS if configured == "auto" else configured)
 
+    def call(self, stage: str, method: str, *arguments: Any) -> Any:
+        """Call a method of `BankActor` and return what it gives, saying what is free while it takes long."""
+        reference = getattr(self._running, method).remote(*arguments)
+        with said_while_waiting(Progress(stage, 1, "results"), self.job.config.ray):
+            return ray.get(reference)
+
     @property
-    def handle(self) -> Any:
-        """Of a running `BankActor`."""
+    def _running(self) -> Any:
+        """Handle of a `BankActor`."""
         if self._handle is None:
-            spec = self._spec
-            # A gang's coordinator needs nothing itself.
-            self._handle = (
-                ray.remote(num_cpus=0)(GangBank).remote(spec) if spec.ranks > 1 else self.job.actor(BankActor, spec)
-            )
+            roll = self._open.enter_context(called_roll(1, self.job.result.events, BANK_WORKERS))
+            self._open.enter_context(released_gangs(self._spec))
+            spec = replace(self._spec, roll=roll)
+            if spec.ranks > 1:  # a gang's coordinator needs nothing itself
+                gang: Any = ray.remote(num_cpus=0, max_restarts=ENDLESS, max_task_retries=ENDLESS)(GangBank)
+                self._handle = gang.remote(spec)
+            else:
+                self._handle = self.job.actor(BankActor, spec, restarts=ENDLESS)
+            self._open.callback(ray.kill, self._handle)
         return self._handle
 
     def stop(self) -> None:
-        """Give its resources back."""
-        if self._handle is not None:
-            with released_gangs(self._spec):
-                ray.kill(self._handle)
-            self._handle = None
+        """Give its resources back, and tell the run's events whether it was lost meanwhile."""
+        self._open.close()
+        self._handle = None
 
 
 def bank_made_from(
@@ -125,7 +140,7 @@ def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Preferen
                     f"basis {target.name}: one direction a subtask: {target.objective} scores are exact; another "
                     "objective needs another pass, and influences of single pairs mean nothing"
                 )
-            files = ray.get(actor.handle.basis.remote(target, pairs[target.name], folder))
+            files = actor.call(f"basis {target.name}", "basis", target, pairs[target.name], folder)
             counts = {"pairs": len(pairs[target.name]), "directions": max(record.num_rows for record in files)}
             basis = commit_artefact(job.workspace, "basis", made_from, files, counts, {}, started=started)
         job.result.bases[target.name] = basis
@@ -143,7 +158,8 @@ def make_banks(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Preferen
         if bank is None:
             num_pairs, num_checkpoints = len(pairs[target.name]), len(warmup.facts["checkpoints"])
             logger.info(f"bank {target.name}: {num_pairs} pairs x {num_checkpoints} checkpoints")
-            tables: list[pa.Table] = ray.get(actor.handle.bank.remote(target, pairs[target.name], feature_set.spec))
+            stage, spec = f"bank {target.name}", feature_set.spec
+            tables: list[pa.Table] = actor.call(stage, "bank", target, pairs[target.name], spec)
             bank = _commit_bank(job, made_from, warmup, tables, started)
         job.result.banks[target.name] = bank
         job.note(f"bank {target.name}", bank, started, reused=reused)
@@ -158,10 +174,27 @@ def batch_budget(job: Job, warmup: Manifest, actor: ModelActor) -> int:
     if job.workspace.exists(file):
         return int(job.workspace.read_json(file)["max_batch_tokens"])
     spaces = [feature_set.spec for feature_set in job.feature_sets(warmup).values()]
-    measured: int = ray.get(actor.handle.budget.remote(spaces))
+    measured: int = actor.call("batch budget", "budget", spaces)
     job.workspace.write_json(file, {"max_batch_tokens": measured})
     logger.info(f"features: batches of up to {measured:,} tokens, as measured; remembered in {file}")
     return measured
+
+
+def budget_to_lower(job: Job, warmup: Manifest) -> str | None:
+    """Return the file of the measured bound where a halved one is to be remembered: measured, and on a GPU.
+
+    On the CPU the bound stays: bytes must not depend on what did not fit once.
+    """
+    measured = job.config.gradients.max_batch_tokens == "auto" and device_of(job.config.ray) == "cuda"
+    return job.budget_file(warmup) if measured else None
+
+
+def remember_halved(workspace: Workspace, file: str, max_batch_tokens: int) -> None:
+    """Lower the remembered bound of a batch to one that was halved for memory: later runs begin with it."""
+    before = int(workspace.read_json(file)["max_batch_tokens"])
+    if max_batch_tokens < before:
+        workspace.write_json(file, {"max_batch_tokens": max_batch_tokens})
+        logger.info(f"features: {before:,} tokens did not fit; {max_batch_tokens:,} are remembered in {file}")
 
 
 def _pairs_made_from(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

@@ -155,7 +155,10 @@ def _train(job: Job, pool: Manifest, row_ids: list[str], made_from: dict[str, An
         config.ray.threads_per_actor,
     )
     checkpoints = run_warmup(
-        training, cpus_per_worker=config.ray.cpus_per_actor, gpus_per_worker=config.ray.gpus_per_actor
+        training,
+        cpus_per_worker=config.ray.cpus_per_actor,
+        gpus_per_worker=config.ray.gpus_per_actor,
+        events=job.result.events,
     )
     files = [samples, *(FileRecord(**record) for c in checkpoints for record in c.pop("files"))]
     return _commit_warmup(job, made_from, folder, checkpoints, files, len(row_ids), num_rejected, started)

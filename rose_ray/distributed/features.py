@@ -6,13 +6,13 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import ray
 
-from rose_ray.config.cluster import RayConfig
 from rose_ray.distributed.actors import ScoringActor, ScoringSpec
+from rose_ray.distributed.bank import budget_to_lower, remember_halved
 from rose_ray.distributed.data import set_up_ray_data
 from rose_ray.distributed.gang import GangActor, released_gangs
 from rose_ray.distributed.job import Job
@@ -22,18 +22,16 @@ from rose_ray.distributed.tokens import tokenize_row
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError
 from rose_ray.stages.pool import skipped_rows
-from rose_ray.stores.features import find_shard
+from rose_ray.stores.features import find_shard, mixed_settings
 from rose_ray.stores.leftovers import sweep_folder
 from rose_ray.stores.manifest import Manifest
+from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.runs import StageRecord
 from rose_ray.stores.shards import FEATURES, why_missing
 from rose_ray.stores.versions import package_versions, utc_now
 from rose_ray.stores.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-_LOOKING_THREADS = 32
-"""They wait for storage, not for the processor."""
 
 
 def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, list[int]]:
@@ -49,15 +47,14 @@ def missing_features(job: Job, pool: Manifest, warmup: Manifest) -> dict[str, li
         return [why_missing(job.workspace, FEATURES, each.key, shard, skipped.get(shard, [])) for each in sets]
 
     missing, progress = {}, Progress("features: looking at what is there", len(shards), "shards")
-    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
-        for shard, reasons in zip(shards, threads.map(look, shards), strict=True):
-            progress.advance(1)
-            lacking = [number for number, reason in enumerate(reasons) if reason is not None]
-            if lacking:
-                missing[shard] = lacking
-            for reason in filter(None, reasons):
-                logger.warning(f"features: made again: {reason}")
-                job.result.events.append(f"shard made again: {reason}")
+    for shard, reasons in zip(shards, looked_up(look, shards), strict=True):
+        progress.advance(1)
+        lacking = [number for number, reason in enumerate(reasons) if reason is not None]
+        if lacking:
+            missing[shard] = lacking
+        for reason in filter(None, reasons):
+            logger.warning(f"features: made again: {reason}")
+            job.result.events.append(f"shard made again: {reason}")
     job.result.events.append(f"shards: {len(shards) - len(missing):,} found, {len(missing):,} to make")
     return missing
 
@@ -74,11 +71,8 @@ def make_features(
         job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
     if missing:
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
-        with called_roll(job.config.ray.actors) as roll, released_gangs(spec):
-            num_halvings = _compute(replace(spec, roll=roll), pool, missing, skipped, job.config.ray)
-            num_lost = ray.get(roll.num_lost.remote())
-        if num_lost:
-            job.result.events.append(f"scoring actors lost and replaced: {num_lost}")
+        with called_roll(job.config.ray.actors, job.result.events) as roll, released_gangs(spec):
+            num_halvings = _compute(replace(spec, roll=roll), pool, missing, skipped, job, budget_to_lower(job, warmup))
         if num_halvings:
             job.result.events.append(f"batches halved for memory: {num_halvings}")
     for number, (name, feature_set) in enumerate(sets.items()):
@@ -93,20 +87,29 @@ def _account_features(
     reused, passes = not made, 0
     totals = {"rows": 0, "scored": 0, "rejected": 0}
     facts = {"num_rows_cut": 0, "num_tokens": 0, "num_positions": 0, "num_halvings": 0}
-    num_bytes = 0
-    for entry in pool.facts["shards"]:
-        receipt = find_shard(job.workspace, key, entry["shard"], skipped.get(entry["shard"], []))
+    num_bytes, settings = 0, []
+
+    def look(entry: Mapping[str, Any]) -> Manifest | None:
+        return find_shard(job.workspace, key, entry["shard"], skipped.get(entry["shard"], []))
+
+    entries = pool.facts["shards"]
+    for entry, receipt in zip(entries, looked_up(look, entries), strict=True):
         if receipt is None or receipt.counts["rows"] < entry["num_rows"] - entry["num_skipped"]:
             raise AccountingError(f"{stage}: shard {entry['shard']} is not complete. Run again.")
         totals = {name: totals[name] + receipt.counts[name] for name in totals}
         facts = {name: facts[name] + receipt.facts[name] for name in facts}
         num_bytes += receipt.num_bytes
+        settings.append(receipt.facts.get("computed_with", {}))
         if entry["shard"] in made:
             passes += receipt.counts["scored"] * (len(receipt.files) - 1)  # a file a checkpoint, and the rejected rows
     if totals["rows"] != totals["scored"] + totals["rejected"]:
         raise AccountingError(
             f"{stage}: {totals['rows']} rows, {totals['scored']} scored, {totals['rejected']} rejected."
         )
+    if mixed := mixed_settings(settings):
+        told = f"{stage}: shards were computed in different ways, so scores agree within rounding alone: {mixed}"
+        logger.warning(told)
+        job.result.events.append(told)
     seconds = round(time.monotonic() - started, 3)
     _write_summary(job.workspace, pool, key, {**totals, **facts, "num_bytes": num_bytes}, seconds, reused=reused)
     totals[f"cut at {job.config.model.max_tokens} tokens"] = facts["num_rows_cut"]
@@ -134,7 +137,8 @@ def _compute(
     pool: Manifest,
     missing: Mapping[str, Sequence[int]],
     skipped: Mapping[str, list[str]],
-    settings: RayConfig,
+    job: Job,
+    budget_file: str | None,
 ) -> int:
     """Compute the features of the shards in ``missing``; return how many batches had to be halved.
 
@@ -145,8 +149,10 @@ def _compute(
         pool: The pool that the shards belong to.
         missing: Shards, each with the numbers of the spaces that it lacks.
         skipped: Row ids passed over, by shard.
-        settings: Actors and resources.
+        job: For its resources.
+        budget_file: Where a bound that was halved is remembered, if anywhere.
     """
+    settings = job.config.ray
     set_up_ray_data(settings)
     entries = [entry for entry in pool.facts["shards"] if entry["shard"] in missing]
     rows = [
@@ -174,5 +180,7 @@ def _compute(
     with said_while_waiting(progress, settings):
         for line in lines.iter_rows():
             num_halvings += int(line["num_halvings"])
+            if budget_file is not None and line["num_halvings"]:
+                remember_halved(spec.workspace, budget_file, int(line["max_batch_tokens"]))
             progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
     return num_halvings

@@ -12,6 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,8 +24,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.batches import DealtBatches, deal_batches
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import BankActor, ScoringActor, ScoringSpec
+from rose_ray.distributed.actors import BankActor, ScoringActor, ScoringSpec, bank_enrolment
 from rose_ray.distributed.engine import ProcessGroup, free_port, load_scoring_model
+from rose_ray.distributed.roll import Enrolment
 from rose_ray.distributed.session import root_cause
 from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.errors import ResourceError, RoseError
@@ -74,10 +76,12 @@ class Gang:
 
     Args:
         spec: ``ranks`` of them, with ``cpus`` and ``gpus`` each.
+        enrolment: The coordinator's: told whenever the ranks are lost.
     """
 
-    def __init__(self, spec: ScoringSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: ScoringSpec, enrolment: Enrolment) -> None:
+        self.spec = replace(spec, roll=None)  # the coordinator's place on the roll is theirs
+        self.enrolment = enrolment
         self._ranks: list[Any] = []
 
     def call(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
@@ -97,6 +101,7 @@ class Gang:
                 return self._together([getattr(r, method).remote(*arguments(n)) for n, r in enumerate(self._ranks)])
             except (ActorDiedError, ActorUnavailableError, GetTimeoutError) as error:
                 self.stop()
+                self.enrolment.came_apart()
                 lost = str(error).split("\n", 1)[0]
                 logger.warning(f"a gang of {self.spec.ranks} ranks came apart (time {attempt + 1}): {lost}")
         raise ResourceError(
@@ -176,7 +181,7 @@ class GangActor(ScoringActor):
 
     def __init__(self, spec: ScoringSpec) -> None:
         super().__init__(spec)
-        self.gang = Gang(spec)
+        self.gang = Gang(spec, self.enrolment)
 
     def prepare(self, spaces: Sequence[SpaceSpec]) -> None:
         """Nothing: the ranks load what they need."""
@@ -196,18 +201,24 @@ class GangBank:
     """A `BankActor` whose model several ranks share. All of them compute the same, in step; the first one's counts."""
 
     def __init__(self, spec: ScoringSpec) -> None:
-        self.gang = Gang(spec)
+        self.enrolment = bank_enrolment(spec)
+        self.gang = Gang(spec, self.enrolment)
 
     def budget(self, spaces: Sequence[SpaceSpec]) -> int:
         """See `BankActor`; the least of all ranks."""
+        self.enrolment.check()
         return int(min(self.gang.call("budget", lambda rank: (spaces,))))
 
     def bank(self, target: TargetConfig, pairs: Sequence[PreferencePair], space: SpaceSpec) -> list[pa.Table]:
         """See `BankActor`."""
+        self.enrolment.check()
         tables: list[pa.Table] = self.gang.call("bank", lambda rank: (target, pairs, space))[0]
+        self.enrolment.finished()
         return tables
 
     def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
         """See `BankActor`; the first rank writes."""
+        self.enrolment.check()
         records: list[FileRecord] = self.gang.call("basis", lambda rank: (target, pairs, folder))[0]
+        self.enrolment.finished()
         return records

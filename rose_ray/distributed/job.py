@@ -14,8 +14,10 @@ import ray
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.distributed.actors import ScoringSpec, device_of
+from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.metrics import say_stage
 from rose_ray.distributed.spaces import SpaceSpec, projection_identity
+from rose_ray.methods.registry import needs_of
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import describe_text
 from rose_ray.stages.features import FEATURES_VERSION
@@ -88,6 +90,15 @@ class Job:
             return self.identity.text
         found: str = ray.get(self.task(describe_text, self.config.model))
         return found
+
+    def check_offload(self) -> None:
+        """Make sure, on a worker, that parameters can be where ``model.deepspeed.offload_parameters`` puts them.
+
+        Raises:
+            ResourceError: They cannot; the message has DeepSpeed's reason.
+        """
+        if needs_of(self.config).any_model and self.config.model.deepspeed.offload_parameters == "nvme":
+            ray.get(self.model_task(check_offload, self.config.model, device_of(self.config.ray)))
 
     def bare_space(self, warmup: Manifest) -> dict[str, Any]:
         """Where gradients live, before anything projects them."""
@@ -190,10 +201,16 @@ class Job:
             *arguments
         )
 
-    def actor(self, kind: type, *arguments: Any) -> Any:
-        """Start an actor with the resources of a scoring actor."""
+    def actor(self, kind: type, *arguments: Any, restarts: int = 0) -> Any:
+        """Start an actor with the resources of a scoring actor; a lost one is started again and its calls repeated."""
         settings = self.config.ray
-        return ray.remote(num_cpus=settings.cpus_per_actor, num_gpus=settings.gpus_per_actor)(kind).remote(*arguments)
+        made: Any = ray.remote(
+            num_cpus=settings.cpus_per_actor,
+            num_gpus=settings.gpus_per_actor,
+            max_restarts=restarts,
+            max_task_retries=restarts,
+        )(kind)
+        return made.remote(*arguments)
 
     def note(self, stage: str, manifest: Manifest, started: float, *, reused: bool) -> None:
         """Record a stage that one artefact stands for."""

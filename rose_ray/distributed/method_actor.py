@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from rose_ray.distributed.actors import ModelHolder, ScoringSpec
-from rose_ray.distributed.roll import enrol
+from rose_ray.distributed.roll import Enrolment
 from rose_ray.distributed.session import carried_errors
 from rose_ray.distributed.tokens import cached_tokeniser
 from rose_ray.failpoints import die_at
 from rose_ray.methods.interface import Arrays, MethodModel
 from rose_ray.methods.shards import MethodRun, make_state, read_state, score_shard
+from rose_ray.stages.halving import counted_halvings
 from rose_ray.stores.manifest import Manifest
 
 
@@ -23,9 +24,8 @@ class MethodActor(ModelHolder):
     def __init__(self, spec: ScoringSpec, pool: Manifest, run: MethodRun) -> None:
         super().__init__(spec)
         self.pool, self.run = pool, run
-        # Raised at the first call: what a constructor raises, Ray loses.
-        self.refusal = enrol(spec.roll) if spec.roll is not None else None
-        if self.refusal is None:
+        self.enrolment = Enrolment(spec.roll)
+        if self.enrolment.refusal is None:
             die_at("actor_start")
 
     @functools.cached_property
@@ -42,13 +42,13 @@ class MethodActor(ModelHolder):
 
     def prepare(self) -> Manifest:
         """Let the method prepare, and commit its state."""
+        self.enrolment.check()
         return make_state(self.spec.workspace, self.pool, self.run, self.method_model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the shards of a Ray Data batch and return one line about each."""
         with carried_errors():
-            if self.refusal is not None:
-                raise self.refusal
+            self.enrolment.check()
             lines = [
                 self._score(str(shard), list(skipped))
                 for shard, skipped in zip(batch["shard"], batch["skipped"], strict=True)
@@ -57,7 +57,7 @@ class MethodActor(ModelHolder):
 
     def _score(self, shard: str, skipped: list[str]) -> dict[str, Any]:
         workspace = self.spec.workspace
-        receipt = score_shard(workspace, self.pool, shard, skipped, self.run, self.state, self.method_model)
-        if self.spec.roll is not None:
-            self.spec.roll.finished.remote()
-        return {"shard": shard, "rows": receipt.counts["rows"]}
+        with counted_halvings() as halvings:
+            receipt = score_shard(workspace, self.pool, shard, skipped, self.run, self.state, self.method_model)
+        self.enrolment.finished()
+        return {"shard": shard, "rows": receipt.counts["rows"], "num_halvings": halvings.number}

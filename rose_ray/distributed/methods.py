@@ -21,7 +21,7 @@ from rose_ray.distributed.bank import BANK_BATCH_TOKENS
 from rose_ray.distributed.data import set_up_ray_data
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
-from rose_ray.distributed.roll import called_roll
+from rose_ray.distributed.roll import ENDLESS, called_roll
 from rose_ray.distributed.tokens import count_shard_tokens
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError, ConfigError, DataError
@@ -32,6 +32,7 @@ from rose_ray.methods.shards import MethodRun
 from rose_ray.methods.table import make_table, table_folder
 from rose_ray.stages.pool import skipped_rows
 from rose_ray.stores.manifest import Manifest, find_manifest
+from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.runs import StageRecord
 from rose_ray.stores.shards import LENGTHS, SHARD_SCORES, SURVEYS, find_receipt, missing_shards
 
@@ -63,8 +64,11 @@ class _Pool:
         """Counts and bytes of all receipts together."""
         counts: dict[str, int] = {}
         num_bytes = 0
-        for shard in self.shards:
-            receipt = find_receipt(self.job.workspace, kind, key, shard, self.skipped.get(shard, []))
+
+        def look(shard: str) -> Manifest | None:
+            return find_receipt(self.job.workspace, kind, key, shard, self.skipped.get(shard, []))
+
+        for shard, receipt in zip(self.shards, looked_up(look, self.shards), strict=True):
             if receipt is None:
                 raise AccountingError(f"{stage}: shard {shard} is not complete. Run again.")
             counts = {name: counts.get(name, 0) + value for name, value in receipt.counts.items()}
@@ -192,11 +196,14 @@ def _prepare(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest
     if run.method.needs.any_model:
         from rose_ray.distributed.method_actor import MethodActor
 
-        actor = job.actor(MethodActor, _spec(job, warmup), view.reference, run)
-        try:
-            state = ray.get(actor.prepare.remote())
-        finally:
-            ray.kill(actor)
+        who = f"workers that prepare {target.name}"
+        with called_roll(1, job.result.events, who) as roll:
+            spec = replace(_spec(job, warmup), roll=roll)
+            actor = job.actor(MethodActor, spec, view.reference, run, restarts=ENDLESS)
+            try:
+                state = ray.get(actor.prepare.remote())
+            finally:
+                ray.kill(actor)
     else:
         state = ray.get(job.task(steps.make_state, job.workspace, view.reference, run, None))
     job.note(f"prepare {target.name}", state, started, reused=False)
@@ -221,11 +228,11 @@ def _score(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest |
 def _score_with_model(view: _Pool, stage: str, run: MethodRun, missing: Sequence[str], warmup: Manifest | None) -> None:
     from rose_ray.distributed.method_actor import MethodActor
 
-    settings = view.job.config.ray
+    settings, events, num_halvings = view.job.config.ray, view.job.result.events, 0
     set_up_ray_data(settings)
     rows = [{"shard": shard, "skipped": view.skipped.get(shard, [])} for shard in missing]
     progress = Progress(stage, sum(view.rows[shard] for shard in missing), "rows")
-    with called_roll(settings.actors) as roll:
+    with called_roll(settings.actors, events, f"{stage}: scoring actors") as roll:
         spec = replace(_spec(view.job, warmup), roll=roll)
         lines = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             MethodActor,
@@ -237,7 +244,10 @@ def _score_with_model(view: _Pool, stage: str, run: MethodRun, missing: Sequence
         )
         with said_while_waiting(progress, settings):
             for line in lines.iter_rows():
+                num_halvings += int(line["num_halvings"])
                 progress.advance(int(line["rows"]), note=f"shard {line['shard']}")
+    if num_halvings:
+        events.append(f"{stage}: batches halved for memory: {num_halvings}")
 
 
 def _spec(job: Job, warmup: Manifest | None) -> Any:

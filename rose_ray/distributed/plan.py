@@ -32,13 +32,13 @@ from rose_ray.distributed.probe import (
 )
 from rose_ray.distributed.resources import actors_at_once, cluster_nodes, granted_resources
 from rose_ray.distributed.session import ray_session, root_cause
-from rose_ray.distributed.spaces import SpaceSpec
+from rose_ray.distributed.spaces import SpaceSpec, deflates
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.errors import ConfigError, RoseError
 from rose_ray.model.tokenizer import with_absolute_paths
-from rose_ray.stages.budget import MOST_TOKENS
+from rose_ray.stages.budget import MOST_TOKENS, MemoryNeed
 from rose_ray.stages.clean import check_test_text
-from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, no_work, predict, warmup_positions
+from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work, held_bytes, no_work, predict, warmup_positions
 from rose_ray.stages.selection_check import check_selections
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import opened
@@ -111,6 +111,7 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
 
 
 def _plan(job: Job, probe_rows: int) -> JobPlan:
+    job.check_offload()
     pool = ingest(job)
     check_selections(job.config, pool.facts["sources"])
     check_test_text(job.config)
@@ -122,7 +123,8 @@ def _plan(job: Job, probe_rows: int) -> JobPlan:
     probe_rows = probe_rows if pairs else 0
     if job.config.ray.ranks_per_actor > 1 and probe_rows:
         raise ConfigError(
-            "plan: ranks that share a model are not probed: add --probe 0, or plan with ray.ranks_per_actor=1"
+            "plan: ranks that share a model are not probed: add --probe 0, which foretells sizes and the least memory "
+            "of a rank, or plan with ray.ranks_per_actor=1"
         )
     if probe_rows and tokens.lengths:
         try:
@@ -156,35 +158,50 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
     if not pairs:
         return no_work(job.config.ray.actors, job.config.ray.gpus_per_actor)
     warmup = pinned_warmup(job)
-    missing, banks = list(entries), list(pairs)
+    missing, bases, banks = list(entries), [t.name for t in config.targets if config.is_exact(t)], list(pairs)
+    spaces = [*([] if config.gradients.projection.kind == "exact" else [""]), *bases]
     if warmup is not None:
-        without_basis = missing_bases(job, warmup, pairs)
+        bases = missing_bases(job, warmup, pairs)
         banks = missing_banks(job, warmup, pairs)
-        if not without_basis:
-            missing = list(missing_features(job, pool, warmup))
+        if not bases:
+            lacking = missing_features(job, pool, warmup)
+            missing, numbers = list(lacking), {number for each in lacking.values() for number in each}
+            spaces = [name for number, name in enumerate(job.feature_sets(warmup)) if number in numbers]
     trains = warmup is None and config.warmup.adapters is None
     kinds = config.gradients.projection.kind
     dims = {"": config.gradients.projection.dim if kinds != "none" else job.identity.layout.num_parameters}
     exact = {
         target.name: _num_exact(job, target, pairs[target.name]) for target in config.targets if config.is_exact(target)
     }
+    num_checkpoints = len(config.warmup.adapters or []) or config.warmup.epochs
     return Work(
         actors=config.ray.actors,
         workers=config.warmup.workers,
         gpus=config.ray.gpus_per_actor,
-        num_checkpoints=len(config.warmup.adapters or []) or config.warmup.epochs,
+        num_checkpoints=num_checkpoints,
         num_parameters=job.identity.layout.num_parameters,
         dims={**({} if kinds == "exact" else dims), **exact},
         stored_dtype=config.gradients.stored_dtype,
         shard_rows=[entries[shard] for shard in missing],
         warmup_positions=warmup_positions(config.warmup, tokens.lengths, tokens.num_rows) if trains else 0,
         warmup_start=0.0,
+        basis_tokens={name: sum(lengths[name]) for name in bases},
         pair_tokens={name: sum(lengths[name]) for name in banks},
+        spaces=spaces,
         num_pairs={name: len(each) for name, each in pairs.items()},
         passes=_passes(list(pairs) if missing else banks, exact),
         num_subtasks={name: len({pair.subtask for pair in each}) for name, each in pairs.items()},
         fraction=max(_fraction(target, tokens) for target in config.gradient_targets),
+        held_bytes=_held_bytes(job, num_checkpoints, exact),
+        ranks=config.ray.ranks_per_actor,
+        base_bytes=job.identity.base_bytes,
+        largest_bytes=job.identity.largest_bytes,
     )
+
+
+def _held_bytes(job: Job, num_checkpoints: int, exact: Mapping[str, int]) -> int:
+    gradients, size = job.config.gradients, job.identity.layout.num_parameters
+    return held_bytes(size, num_checkpoints, sum(exact.values()), deflates=deflates(gradients))
 
 
 def _passes(targets: Sequence[str], exact: Mapping[str, int]) -> list[list[str]]:
@@ -226,7 +243,7 @@ class _Prober:
             started = time.monotonic()
             ray.get([actor.ready.remote() for actor in actors])
             start_up = time.monotonic() - started
-            need = ray.get(actors[0].need.remote())
+            need, host = self._memory(actors, spec.device)
             budget = need.budget(MOST_TOKENS[spec.device]) if configured == "auto" else configured
             scored = ray.get([actor.score.remote(self.samples, budget) for actor in actors])
             pairs = {name: self._pair_rate(actors[0], name) for name in self.work.pair_tokens}
@@ -242,7 +259,19 @@ class _Prober:
             peak_bytes=need.peak_bytes(budget),
             available_bytes=need.available,
             max_batch_tokens=budget,
+            host_bytes=host[0],
+            host_available_bytes=host[1],
         )
+
+    def _memory(self, actors: Sequence[Any], device: str) -> tuple[MemoryNeed, tuple[int, int]]:
+        """Return what an actor needs of its device, and where that is a GPU, bytes of the host and those there are."""
+        need: MemoryNeed = ray.get(actors[0].need.remote())
+        # The probe holds one checkpoint, its maps and bases; an actor holds them all.
+        more = self.work.held_bytes - self.work.held_bytes // self.work.num_checkpoints
+        if device == "cpu":
+            return replace(need, one_row=need.one_row + more), (0, 0)
+        own, available = ray.get(actors[0].host_memory.remote())
+        return need, (own + more, own + max(0, available - own) // len(actors))
 
     def _pair_rate(self, actor: Any, name: str) -> float:
         target = next(each for each in self.job.config.targets if each.name == name)

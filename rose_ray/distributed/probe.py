@@ -22,7 +22,7 @@ from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.model.memory import memory_meter
+from rose_ray.model.memory import ProcessMeter, memory_meter
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients, reference_logps
 from rose_ray.stages.budget import MemoryNeed, memory_need
 from rose_ray.stages.features import shard_features
@@ -118,6 +118,12 @@ class ProbeActor(BankActor):
         """Return what batches take of this actor's device, and what there is."""
         run, length = self.longest_rows(self._maps())
         return memory_need(run, length, memory_meter(self.model.device), self.spec.memory_share)
+
+    def host_memory(self) -> tuple[int, int]:
+        """Return the bytes of the host's memory that scoring takes of this process, and all that it could take."""
+        run, _ = self.longest_rows(self._maps())
+        meter = ProcessMeter()
+        return meter.peak_bytes(lambda: run(1)), meter.available_bytes()
 
     def score(self, tokens: pa.Table, max_batch_tokens: int) -> tuple[float, list[pa.Table]]:
         """Return the seconds that these samples take at one checkpoint, and their features by space."""

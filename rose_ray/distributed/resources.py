@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
 
 from rose_ray.config.cluster import RayConfig
 from rose_ray.config.job import JobConfig
@@ -65,12 +67,14 @@ def granted_resources(config: JobConfig) -> Iterator[None]:
         release_resources(config)
 
 
-def release_resources(config: JobConfig) -> None:
-    """Let the autoscaler take nodes away that are idle: nothing large is to come."""
-    if config.ray.autoscale_seconds:
-        from ray.autoscaler.sdk import request_resources
+def release_resources(config: JobConfig) -> bool:
+    """Let the autoscaler take nodes away that are idle: nothing large is to come. Return whether there is one."""
+    if not config.ray.autoscale_seconds:
+        return False
+    from ray.autoscaler.sdk import request_resources
 
-        request_resources(bundles=[])
+    request_resources(bundles=[])
+    return True
 
 
 def _await_nodes(config: JobConfig) -> None:
@@ -91,9 +95,29 @@ def _await_nodes(config: JobConfig) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def live_nodes() -> set[str]:
-    """Return the live nodes, as people know them: address and the first characters of Ray's id."""
-    return {f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in ray.nodes() if node["Alive"]}
+class NodeLosses:
+    """Nodes that die during a run, ones that joined it later among them. Make one when the run begins.
+
+    Attributes:
+        idle_may_go: Set once the autoscaler was told that it may take idle nodes away: one that ends in good order is
+            then no loss.
+    """
+
+    def __init__(self) -> None:
+        self.idle_may_go = False
+        self._known = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+    def lost(self) -> list[str]:
+        """Return those that died since this was last asked, as people know them: address and start of Ray's id."""
+        dead = [node for node in ray.nodes() if not node["Alive"] and node["NodeID"] not in self._known]
+        self._known |= {node["NodeID"] for node in dead}
+        return sorted(f"{n['NodeManagerAddress']} ({n['NodeID'][:8]})" for n in dead if not self._was_let_go(n))
+
+    def _was_let_go(self, node: Mapping[str, Any]) -> bool:
+        reason = node.get("DeathReason")
+        if not self.idle_may_go:
+            return bool(reason == NodeDeathInfo.AUTOSCALER_DRAIN_IDLE)
+        return reason in (NodeDeathInfo.AUTOSCALER_DRAIN_IDLE, NodeDeathInfo.EXPECTED_TERMINATION)
 
 
 def check_resources(config: JobConfig, nodes: list[Node]) -> None:

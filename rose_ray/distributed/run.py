@@ -9,21 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import ray
-
 from rose_ray.config.changes import changed_keys, recomputed_stages
 from rose_ray.config.job import JobConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.bank import ModelActor, batch_budget, make_banks, make_bases
 from rose_ray.distributed.checkpoints import pin_warmup, warm_up
-from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.methods import check_methods, score_by_methods
 from rose_ray.distributed.reduce import make_scores, make_selections
-from rose_ray.distributed.resources import granted_resources, live_nodes, release_resources
+from rose_ray.distributed.resources import NodeLosses, granted_resources, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
 from rose_ray.errors import RoseError
 from rose_ray.methods.registry import needs_of
@@ -82,12 +78,11 @@ def _run_held(
         check_methods(job.config)
         sweep_shared(workspace)
         with ray_session(config.ray), granted_resources(config):
-            before = live_nodes()
+            losses = NodeLosses()
             try:
-                _run(job, stages, new_warmup, check_pool)
+                _run(job, losses, stages, new_warmup, check_pool)
             finally:
-                lost = sorted(before - live_nodes())
-                job.result.events += [f"node lost: {node}" for node in lost]
+                _tell_losses(job, losses)
     except BaseException as error:
         cause = root_cause(error)
         try:
@@ -104,6 +99,10 @@ def _write_record(job: Job, config: JobConfig, outcome: str, path: str) -> None:
     write_run(job.workspace, config.model_dump(mode="json"), result.stages, outcome, result.events, path=path)
 
 
+def _tell_losses(job: Job, losses: NodeLosses) -> None:
+    job.result.events += [f"node lost: {node}" for node in losses.lost()]
+
+
 def _say_changes(workspace: Workspace, config: JobConfig) -> None:
     previous = last_run(workspace)
     if previous is None:
@@ -114,10 +113,15 @@ def _say_changes(workspace: Workspace, config: JobConfig) -> None:
         logger.info(f"changed since the last run: {key}: {old!r} -> {new!r}; {what}")
 
 
-def _run(job: Job, stages: Collection[str], new_warmup: bool, check_pool: Callable[[Manifest], None] | None) -> None:
+def _run(
+    job: Job,
+    losses: NodeLosses,
+    stages: Collection[str],
+    new_warmup: bool,
+    check_pool: Callable[[Manifest], None] | None,
+) -> None:
+    job.check_offload()
     needs = needs_of(job.config)
-    if needs.any_model and job.config.model.deepspeed.offload_parameters == "nvme":
-        ray.get(job.model_task(check_offload, job.config.model, device_of(job.config.ray)))
     pool = ingest(job)
     if "warmup" not in stages:
         return
@@ -132,7 +136,8 @@ def _run(job: Job, stages: Collection[str], new_warmup: bool, check_pool: Callab
         _make_features(job, pool, warmup, pairs, stages)
     if "score" in stages:
         score_by_methods(job, pool, warmup, pairs, with_model=True)
-    release_resources(job.config)
+    _tell_losses(job, losses)  # before idle nodes may go, which is no loss
+    losses.idle_may_go = release_resources(job.config)
     if "score" in stages:
         if warmup is not None:
             make_scores(job, pool, warmup)

@@ -37,7 +37,7 @@ class SpaceSpec:
 def projection_identity(settings: GradientConfig, layout: ParameterLayout) -> str:
     """Text that names the configured projection, and the Adam mode where its moment term is part of it."""
     identity = _plain(settings, layout).identity()
-    return f"deflated/v1/adam={settings.adam}/{identity}" if _deflates(settings) else identity
+    return f"deflated/v1/adam={settings.adam}/{identity}" if deflates(settings) else identity
 
 
 def load_projections(
@@ -55,7 +55,7 @@ def load_projections(
     if space.basis is not None:
         return [_read_basis(workspace, record, space.features_key) for record in space.basis]
     plain = _plain(settings, layout)
-    if not _deflates(settings):
+    if not deflates(settings):
         return [plain] * len(checkpoints)
     return [_deflated(plain, settings, layout, checkpoint) for checkpoint in checkpoints]
 
@@ -71,7 +71,8 @@ def _plain(settings: GradientConfig, layout: ParameterLayout) -> Projection:
     return make_projection(chosen.kind, chosen.dim, chosen.seed, layout.num_parameters, shapes=shapes)
 
 
-def _deflates(settings: GradientConfig) -> bool:
+def deflates(settings: GradientConfig) -> bool:
+    """Whether the configured projection keeps the direction that all share exactly: it has one for each checkpoint."""
     chosen = settings.projection
     return chosen.deflate and chosen.kind not in ("none", "exact") and settings.adam in ("torch", "less_code")
 

@@ -23,11 +23,18 @@ _TRAINING_FILE = "training.json"
 """What rank 0 knows of every checkpoint; Ray Train hands metrics back only with a checkpoint of its own."""
 
 
-def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float) -> list[dict[str, Any]]:
+def run_warmup(
+    job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float, events: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Train on ``job.warmup.workers`` workers and return an entry per checkpoint.
 
     An unfinished training of the same artefact goes on where it last saved its state. A group that loses a worker or
     its node is started again, ``warmup.max_restarts`` times at most; errors of ours and of files would only come again.
+
+    Args:
+        job: What to train.
+        cpus_per_worker, gpus_per_worker: Resources.
+        events: Told of every restart, for the closing summary.
 
     Each entry holds ``name``, ``mean_learning_rate``, ``loss`` (mean over the epoch's samples, nats) and ``files``.
 
@@ -49,7 +56,10 @@ def run_warmup(job: WarmupJob, *, cpus_per_worker: float, gpus_per_worker: float
                 if lasting or restart > job.warmup.max_restarts:
                     raise cause from error
                 times = f"restart {restart} of {job.warmup.max_restarts}"
-                logger.warning(f"warm-up: its workers were lost ({_who_failed(cause)}); {times}")
+                lost = f"warm-up: its workers were lost ({_who_failed(cause)}); {times}"
+                logger.warning(lost)
+                if events is not None:
+                    events.append(lost)
     checkpoints: list[dict[str, Any]] = job.workspace.read_json(f"{job.folder}/{_TRAINING_FILE}")
     return checkpoints
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import ParameterLayout, layout_of
@@ -18,11 +20,14 @@ class ModelIdentity:
         base: Weights and configuration of the base model.
         text: Tokenizer, chat template and what carries loss.
         layout: Names and shapes of the adapter's parameters.
+        base_bytes, largest_bytes: Of the base's parameters, and of the largest one, all in the configured type.
     """
 
     base: str
     text: str
     layout: ParameterLayout
+    base_bytes: int
+    largest_bytes: int
 
 
 def describe_model(model: ModelConfig, lora: LoraConfig) -> ModelIdentity:
@@ -33,5 +38,8 @@ def describe_model(model: ModelConfig, lora: LoraConfig) -> ModelIdentity:
     """
     folder = resolve_base(model)
     text = text_digest(load_tokeniser(model))
-    empty = attach_adapter(load_base(model, device="meta"), lora, dropout=0.0)
-    return ModelIdentity(base=base_digest(folder), text=text, layout=layout_of(empty))
+    base = load_base(model, device="meta")
+    size = getattr(torch, model.dtype).itemsize  # on the meta device it has another type
+    sizes = [size * parameter.numel() for parameter in base.parameters()]
+    layout = layout_of(attach_adapter(base, lora, dropout=0.0))
+    return ModelIdentity(base_digest(folder), text, layout, base_bytes=sum(sizes), largest_bytes=max(sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rose_ray.stages.drift import Drift, Overlap
 from rose_ray.stores.history import Version, latest_version, selected_names, versions
@@ -38,7 +39,8 @@ def drift_lines(name: str, old: Version, new: Version, found: Drift) -> Iterator
     """The whole report."""
     yield f"{name}: version {old.number} ({old.since}) to version {new.number} ({new.since})"
     yield f"  {short_drift(found)}"
-    yield f"  new rows of the pool: {found.num_new_rows:,} of the selection; gone from the pool: {found.num_gone:,}"
+    share = f"{new_rows_share(found):.1%}"
+    yield f"  new rows of the pool: {found.num_new_rows:,}, {share} of the selection; gone from it: {found.num_gone:,}"
     yield f"  tokens of a selected row: {found.mean_tokens_old:,.0f} -> {found.mean_tokens_new:,.0f}"
     yield f"  gained by source: {_sources(found.gained)}"
     yield f"  lost by source: {_sources(found.lost)}"
@@ -50,6 +52,16 @@ def drift_lines(name: str, old: Version, new: Version, found: Drift) -> Iterator
             f"  {column:<{width}}  shift {median:+.5f} (5 % {low:+.5f}, 95 % {high:+.5f}), rank correlation {rank}, "
             f"over {shift.num_rows:,} rows in both pools"
         )
+
+
+def drift_json(found: Drift) -> dict[str, Any]:
+    """The same for a file."""
+    return {"new_rows_share": new_rows_share(found), **found.as_json()}
+
+
+def new_rows_share(found: Drift) -> float:
+    """Return which part of the newer selection the older pool did not hold, 0 to 1; 0 where nothing is selected."""
+    return found.num_new_rows / found.num_new if found.num_new else 0.0
 
 
 def short_drift(found: Overlap) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,27 @@ from rose_ray.model.scoring import Batch, pack_batch, pad_batch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass
+class Halvings:
+    """How often batches were halved."""
+
+    number: int = 0
+
+
+_counts: list[Halvings] = []
+
+
+@contextmanager
+def counted_halvings() -> Iterator[Halvings]:
+    """Count the halvings of all runners of this process meanwhile: methods make their own out of sight."""
+    count = Halvings()
+    _counts.append(count)
+    try:
+        yield count
+    finally:
+        _counts.remove(count)
 
 
 class HalvingRunner:
@@ -57,6 +80,8 @@ class HalvingRunner:
                 self.too_large[indices[0]] = f"{lengths[indices[0]]} tokens alone: {error}"
             else:
                 self.num_halvings += 1
+                for count in _counts:
+                    count.number += 1
                 self.max_batch_tokens = max(1, size // 2)
                 logger.warning(f"{len(indices)} rows of {size // len(indices)} tokens did not fit into memory: halved")
                 waiting.append(indices)

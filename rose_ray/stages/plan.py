@@ -1,6 +1,7 @@
 """What a job will take, before it runs: arithmetic on counts of tokens and on rates that a probe measured.
 
     seconds of features = start-up + makespan of the shards, each rows x tokens x checkpoints x seconds a token
+    bytes of an actor   = what a probe with one checkpoint held + 4 x (3 + deflated + exact) x P for each further one
 
 Every stage that the workspace holds already costs nothing.
 """
@@ -79,9 +80,10 @@ class Rates:
         pairs: By target, seconds a token of its pairs at one checkpoint, both sides counted.
         reducing: By pass, seconds a row and checkpoint for all its targets.
         start_up: Until an actor has its model.
-        peak_bytes: Most memory that scoring takes on its device at the batch bound.
+        peak_bytes: Most memory that scoring takes on its device at the batch bound, all checkpoints held.
         available_bytes: What an actor may take there.
         max_batch_tokens: The bound.
+        host_bytes, host_available_bytes: The same of the host's memory, where the device is a GPU; else 0.
     """
 
     scoring: float
@@ -92,6 +94,8 @@ class Rates:
     peak_bytes: int
     available_bytes: int
     max_batch_tokens: int
+    host_bytes: int = 0
+    host_available_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,16 @@ class Work:
         shard_rows: Rows of every shard whose features are missing.
         warmup_positions: Positions of the whole warm-up, padding included; 0 where it is there.
         warmup_start: Seconds until its workers train.
-        pair_tokens: By target whose bank is missing, tokens of both sides of its pairs.
+        basis_tokens: By target whose exact basis is missing, tokens of both sides of its pairs.
+        pair_tokens: The same by target whose bank is missing.
+        spaces: Feature spaces that lack shards, by name as in ``dims``; all of them where a basis is missing.
         num_pairs: By target.
         passes: Targets whose score table is missing; those of one feature space are scored in one pass over it.
         num_subtasks: By target.
         fraction: The largest share of the pool that is selected.
+        held_bytes: What an actor or rank holds in the host's memory for all checkpoints.
+        ranks: That share an actor's model.
+        base_bytes, largest_bytes: Of the base's parameters, and of the largest one.
     """
 
     actors: int
@@ -125,11 +134,17 @@ class Work:
     shard_rows: list[int]
     warmup_positions: int
     warmup_start: float
+    basis_tokens: dict[str, int]
     pair_tokens: dict[str, int]
+    spaces: list[str]
     num_pairs: dict[str, int]
     passes: list[list[str]]
     num_subtasks: dict[str, int]
     fraction: float
+    held_bytes: int = 0
+    ranks: int = 1
+    base_bytes: int = 0
+    largest_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,8 @@ class Plan:
         seconds: Wall time by stage, named as a run names them; stages whose artefact is there are left out. A pass that
             targets share stands at each of them, as a run reports it.
         wall_seconds: Of all stages, a shared pass counted once.
-        device_hours: Hours of GPUs, or of actors where there are none, by stage.
+        device_hours: Hours of GPUs, or of actors where there are none, by stage; those of a shared pass stand at the
+            first that shares it.
         num_bytes: By artefact.
         break_even_epochs: After so many epochs, training on the selection instead of on everything has saved what
             selecting costs; None without a probe.
@@ -161,7 +177,7 @@ class Plan:
 
 def no_work(actors: int, gpus: float) -> Work:
     """Return the work of a job without gradients: none that can be foretold."""
-    return Work(actors, 0, gpus, 0, 0, {}, "float32", [], 0, 0.0, {}, {}, [], {}, 0.0)
+    return Work(actors, 0, gpus, 0, 0, {}, "float32", [], 0, 0.0, {}, {}, [], {}, [], {}, 0.0)
 
 
 def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
@@ -174,14 +190,19 @@ def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
     if work.warmup_positions:
         seconds["warmup"] = work.warmup_start + work.warmup_positions * rates.training / work.workers
         devices["warmup"] = work.workers
-    for number, (target, count) in enumerate(work.pair_tokens.items()):
-        own = count * work.num_checkpoints * rates.pairs[target]
-        seconds[f"bank {target}"] = own + (rates.start_up if number == 0 else 0.0)
-        devices[f"bank {target}"] = 1
-    if work.shard_rows:
-        seconds["features"] = features_seconds(work, tokens, rates)
-        devices["features"] = work.actors
+    start_up = rates.start_up  # the model is loaded once for all pairs
+    for stage, counts in (("basis", work.basis_tokens), ("bank", work.pair_tokens)):
+        for target, count in counts.items():
+            seconds[f"{stage} {target}"] = count * work.num_checkpoints * rates.pairs[target] + start_up
+            devices[f"{stage} {target}"] = 1
+            start_up = 0.0
     wall = sum(seconds.values())
+    if work.shard_rows:
+        one = features_seconds(work, tokens, rates)
+        stages = [f"features {name}".strip() for name in work.spaces]
+        seconds |= dict.fromkeys(stages, one)
+        devices[stages[0]] = work.actors
+        wall += one
     for targets, rate in zip(work.passes, rates.reducing, strict=True):
         one = tokens.num_scored * work.num_checkpoints * rate
         seconds |= {f"score {target}": one for target in targets}
@@ -191,6 +212,18 @@ def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
     saved = whole * (1 - work.fraction)
     break_even = sum(hours.values()) / saved if saved else None
     return Plan(seconds, wall, hours, sizes, break_even, (whole, whole * work.fraction))
+
+
+def held_bytes(num_parameters: int, num_checkpoints: int, num_exact: int, *, deflates: bool) -> int:
+    """Return what an actor holds in the host's memory for so many checkpoints, in bytes, float32 each.
+
+    Args:
+        num_parameters: P, of the adapter.
+        num_checkpoints: Each with its weights and both moments.
+        num_exact: Directions of all exact bases together, P numbers each.
+        deflates: Whether the projection keeps a common direction of P numbers.
+    """
+    return 4 * num_parameters * num_checkpoints * (3 + deflates + num_exact)
 
 
 def features_seconds(work: Work, tokens: PoolTokens, rates: Rates) -> float:

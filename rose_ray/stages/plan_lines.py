@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rose_ray.stages.plan import Plan, PoolTokens, Rates, Work
 
@@ -27,11 +27,13 @@ def plan_lines(
         return
     yield from _work_lines(work, num_shards)
     yield from _size_lines(plan)
+    if work.ranks > 1:
+        yield from _rank_lines(work)
     if rates is None:
-        yield "no probe: no times and no memory"
+        yield f"no probe: no times{'' if work.ranks > 1 else ' and no memory'}"
         return
     yield from _memory_lines(rates)
-    yield from _time_lines(work, plan)
+    yield from _time_lines(work, plan, list(others or {}))
 
 
 def _token_lines(tokens: PoolTokens, num_shards: int) -> Iterator[str]:
@@ -55,15 +57,16 @@ def _token_lines(tokens: PoolTokens, num_shards: int) -> Iterator[str]:
 def _work_lines(work: Work, num_shards: int) -> Iterator[str]:
     """What is done and what is left."""
     left = len(work.shard_rows)
+    bases = f"exact bases of {len(work.basis_tokens)}; " if work.basis_tokens else ""
     yield (
-        f"to do: warm-up {'yes' if work.warmup_positions else 'no'}; banks of {len(work.pair_tokens)} of "
+        f"to do: warm-up {'yes' if work.warmup_positions else 'no'}; {bases}banks of {len(work.pair_tokens)} of "
         f"{len(work.num_pairs)} targets; features of {left:,} of {num_shards:,} shards, "
         f"{sum(work.shard_rows):,} rows x {work.num_checkpoints} checkpoints"
     )
 
 
-def _time_lines(work: Work, plan: Plan) -> Iterator[str]:
-    """Seconds and device hours by stage, and when selecting pays for itself."""
+def _time_lines(work: Work, plan: Plan, others: Sequence[str]) -> Iterator[str]:
+    """Seconds and device hours by stage, and when selecting pays for itself; ``others`` are not foretold."""
     device = "GPU" if work.gpus else "actor"
     width = max((len(stage) for stage in plan.seconds), default=5)
     yield f"{'stage':<{width}}   wall time  {device}-hours"
@@ -71,7 +74,8 @@ def _time_lines(work: Work, plan: Plan) -> Iterator[str]:
         hours = plan.device_hours.get(stage)
         yield f"{stage:<{width}}  {duration(seconds):>10}  {'' if hours is None else f'{hours:>10,.3g}'}".rstrip()
     total = sum(plan.device_hours.values())
-    yield f"{'in all':<{width}}  {duration(plan.wall_seconds):>10}  {total:>10,.3g}"
+    left_out = "without select" + (f" and without what scores {', '.join(others)}" if others else "")
+    yield f"{'in all':<{width}}  {duration(plan.wall_seconds):>10}  {total:>10,.3g}  {left_out}"
     if plan.training_hours is not None and plan.break_even_epochs is not None:
         whole, part = plan.training_hours
         yield (
@@ -86,14 +90,36 @@ def _size_lines(plan: Plan) -> Iterator[str]:
 
 
 def _memory_lines(rates: Rates) -> Iterator[str]:
-    """Peak memory of an actor, and whether it fits."""
+    """Peak memory of an actor, on its device and beside it, and whether it fits."""
     fits = rates.peak_bytes <= rates.available_bytes
     yield (
         f"memory of an actor: {_bytes(rates.peak_bytes)} at batches of {rates.max_batch_tokens:,} tokens, "
-        f"{_bytes(rates.available_bytes)} available: {'fits' if fits else 'DOES NOT FIT'}"
+        f"{_bytes(rates.available_bytes)} available: {_verdict(fits)}"
     )
     if not fits:
         yield "lower gradients.max_batch_tokens or model.max_tokens, or raise ray.gpus_per_actor or model.deepspeed"
+    if rates.host_bytes:
+        fits = rates.host_bytes <= rates.host_available_bytes
+        yield (
+            f"host memory of an actor: {_bytes(rates.host_bytes)}, its checkpoints among it, "
+            f"{_bytes(rates.host_available_bytes)} available: {_verdict(fits)}"
+        )
+        if not fits:
+            yield "let fewer actors share a machine: raise ray.cpus_per_actor, or add machines; or lower lora.rank"
+
+
+def _verdict(fits: bool) -> str:
+    return "fits" if fits else "DOES NOT FIT"
+
+
+def _rank_lines(work: Work) -> Iterator[str]:
+    """Least memory of each of the ranks that share a model."""
+    part = -(-work.base_bytes // work.ranks)
+    yield (
+        f"memory of a rank: at least {_bytes(part + work.largest_bytes)} for weights ({_bytes(part)} its part of the "
+        f"base's {_bytes(work.base_bytes)}, {_bytes(work.largest_bytes)} the largest parameter, gathered), and "
+        f"{_bytes(work.held_bytes)} of host memory for checkpoints; what batches take comes on top"
+    )
 
 
 def duration(seconds: float) -> str:

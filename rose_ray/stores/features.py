@@ -7,8 +7,10 @@ when files come and go: a receipt that covers more than is wanted stays good.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -41,6 +43,23 @@ def find_shard(workspace: Workspace, features_key: str, shard: str, skipped: Seq
     if receipt is None or not set(receipt.facts["skipped"]) <= set(skipped):
         return None
     return receipt
+
+
+def mixed_settings(settings: Iterable[Mapping[str, Any]]) -> str:
+    """Name what differs among shards, each value with its number of shards; empty where nothing does.
+
+    Args:
+        settings: Of each shard, as its receipt tells; those of a receipt that does not are empty.
+    """
+    counts: dict[str, Counter[Any]] = {}
+    for each in settings:
+        for name, value in each.items():
+            counts.setdefault(name, Counter())[value] += 1
+    return "; ".join(
+        f"{name} {', '.join(f'{value} ({number:,} shards)' for value, number in found.most_common())}"
+        for name, found in counts.items()
+        if len(found) > 1
+    )
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 MEMORY_BYTES = 1 << 27
@@ -19,6 +21,15 @@ MOST_THREADS = 8
 def depth_for(num_bytes: int) -> int:
     """How many reads of ``num_bytes`` each may be under way."""
     return max(1, min(MOST_THREADS, MEMORY_BYTES // max(1, num_bytes)))
+
+
+MOST_LOOKS = 32
+"""Looks at small files at once: they wait for storage, not for the processor or for memory."""
+
+
+def looked_up(look: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Yield what ``look`` returns for each item, in order, with the next `MOST_LOOKS` under way."""
+    return read_ahead((functools.partial(look, item) for item in items), MOST_LOOKS)
 
 
 def read_ahead(reads: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:

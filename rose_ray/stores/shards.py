@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,11 @@ from rose_ray.errors import AlteredFileError
 from rose_ray.failpoints import die_at
 from rose_ray.stores.inspect import visible_fault
 from rose_ray.stores.manifest import MANIFEST_FILE, Manifest, commit_artefact, find_manifest, read_manifest
+from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.workspace import FileRecord, Workspace
 
 LENGTHS, SURVEYS, SHARD_SCORES, FEATURES = "lengths", "surveys", "shard_scores", "features"
 """Kinds: tokens of rows, parts of pool statistics, scores of a method, features."""
-
-_LOOKING_THREADS = 32  # they wait for storage, not for the processor
 
 
 def find_receipt(workspace: Workspace, kind: str, key: str, shard: str, skipped: Sequence[str]) -> Manifest | None:
@@ -74,9 +74,8 @@ def missing_shards(
     def look(shard: str) -> str | None:
         return why_missing(workspace, kind, key, shard, skipped.get(shard, []))
 
-    with ThreadPoolExecutor(_LOOKING_THREADS) as threads:
-        reasons = zip(shards, threads.map(look, shards), strict=True)
-        return {shard: reason for shard, reason in reasons if reason is not None}
+    reasons = zip(shards, looked_up(look, shards), strict=True)
+    return {shard: reason for shard, reason in reasons if reason is not None}
 
 
 def commit_shard(
@@ -91,10 +90,10 @@ def commit_shard(
     started: float,
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the receipt of a shard whose files are all there."""
+    """Write the receipt of a shard whose files are all there: among its facts, the process that made it."""
     die_at("before_receipt")
     made_from = {kind: key, "shard": shard}
-    told = {"skipped": list(skipped), **(facts or {})}
+    told = {"skipped": list(skipped), "host": socket.gethostname(), "pid": os.getpid(), **(facts or {})}
     folder = f"{kind}/{key}/{shard}"
     return commit_artefact(workspace, kind, made_from, files, counts, told, started=started, folder=folder)
 

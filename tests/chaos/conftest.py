@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.disturbed import copy_without_features, finish, tables, write_config
+from tests.chaos.disturbed import copy_without_features, finish, real_cluster, tables, write_config
 from tests.distributed.tiny import write_inputs
 
 
@@ -37,11 +37,6 @@ def workspace(reference: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two real nodes: a head and one that may be lost."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": True})
-    try:
+    """A head; tests add the nodes that they need beside it."""
+    with real_cluster() as made:
         yield made
-    finally:
-        made.shutdown()

@@ -34,15 +34,31 @@ def environment(**settings: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **settings}
 
 
-def write_config(folder: Path, inputs: Path, workspace: Path | str, **ray: Any) -> Path:
-    """Write the tiny job's configuration with shards of `SHARD_ROWS` rows."""
+def write_config(
+    folder: Path, inputs: Path, workspace: Path | str, stored_dtype: str | None = None, **ray: Any
+) -> Path:
+    """Write the tiny job's configuration with shards of `SHARD_ROWS` rows; ``ray`` is what stands under that key."""
     content = tiny_content(inputs, workspace)
     content["pool"]["shard_rows"] = SHARD_ROWS
     content["ray"] |= ray
+    if stored_dtype is not None:
+        content["gradients"]["stored_dtype"] = stored_dtype
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+@contextmanager
+def real_cluster() -> Iterator[Any]:
+    """Start a head to which nodes can be added; nodes have this process's environment as it is then."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    try:
+        yield made
+    finally:
+        made.shutdown()
 
 
 @contextmanager

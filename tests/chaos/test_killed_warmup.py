@@ -33,7 +33,6 @@ WARMUP = {
     "batch_size": 2,
     "learning_rate": 2e-3,
     "workers": 2,
-    "zero_stage": 2,
     "save_steps": 3,
 }
 UPDATES_AN_EPOCH = 35
@@ -53,18 +52,23 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def content_of(inputs: Path, workspace: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda stage: f"zero-{stage}")
+def zero_stage(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def content_of(inputs: Path, workspace: Path, zero_stage: int) -> dict[str, Any]:
     content = tiny_content(inputs, workspace)
-    content["warmup"] = WARMUP
+    content["warmup"] = {**WARMUP, "zero_stage": zero_stage}
     content["lora"]["dropout"] = 0.2
     return content
 
 
-def warm_up(inputs: Path, workspace: Path) -> None:
+def warm_up(inputs: Path, workspace: Path, zero_stage: int) -> None:
     from rose_ray.config import parse_config
     from rose_ray.distributed.run import run_job
 
-    run_job(parse_config(content_of(inputs, workspace), []), stages=("ingest", "warmup"))
+    run_job(parse_config(content_of(inputs, workspace, zero_stage), []), stages=("ingest", "warmup"))
 
 
 def made(workspace: Path) -> dict[str, str]:
@@ -76,9 +80,11 @@ def made(workspace: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: None, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(
+    cluster: None, zero_stage: int, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     workspace = tmp_path_factory.mktemp("undisturbed") / "workspace"
-    warm_up(inputs, workspace)
+    warm_up(inputs, workspace, zero_stage)
     return made(workspace)
 
 
@@ -100,7 +106,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 
 def test_a_worker_is_killed(
-    undisturbed: dict[str, str], inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: dict[str, str], zero_stage: int, inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from ray.util.state import list_actors
 
@@ -119,7 +125,7 @@ def test_a_worker_is_killed(
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with caplog.at_level(logging.INFO, logger="rose_ray"):
-        warm_up(inputs, workspace)
+        warm_up(inputs, workspace, zero_stage)
     killer.join()
     assert killed and UPDATES_AN_EPOCH < killed[0] < 5 * UPDATES_AN_EPOCH
     assert "warm-up: its workers were lost (" in caplog.text and "; restart 1 of 2" in caplog.text
@@ -127,9 +133,9 @@ def test_a_worker_is_killed(
     assert made(workspace) == undisturbed
 
 
-def test_the_driver_is_killed(undisturbed: dict[str, str], inputs: Path, tmp_path: Path) -> None:
+def test_the_driver_is_killed(undisturbed: dict[str, str], zero_stage: int, inputs: Path, tmp_path: Path) -> None:
     workspace, config = tmp_path / "workspace", tmp_path / "job.yaml"
-    config.write_text(yaml.safe_dump(content_of(inputs, workspace)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(content_of(inputs, workspace, zero_stage)), encoding="utf-8")
     command = [sys.executable, "-m", "rose_ray", "warmup", str(config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("wb") as log:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.disturbed import assert_same, finish, receipts, said, scoring_pids, started, wait_for, write_config
+from tests.chaos.disturbed import (
+    assert_same,
+    copy_without_features,
+    finish,
+    receipts,
+    said,
+    scoring_pids,
+    started,
+    wait_for,
+    write_config,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
@@ -54,6 +64,27 @@ def test_workers_that_always_die_end_the_run_with_an_exact_error(
     config = write_config(workspace.parent, inputs, workspace, address=cluster.address, actors=1, cpus_per_actor=0.25)
     text = finish(config, expected=1, ROSE_RAY_FAILPOINT=place)
     assert "error: scoring actors died again and again without finishing a shard; the last were process " in text
+    finish(config)
+    assert_same(workspace, reference)
+
+
+def test_a_worker_dies_once_while_banks_are_made(
+    cluster: Any, inputs: Path, reference: Path, tmp_path: Path, counts: Path
+) -> None:
+    workspace = copy_without_features(reference, tmp_path / "workspace", beyond=["bank"])
+    config = write_config(tmp_path, inputs, workspace, address=cluster.address, actors=1, cpus_per_actor=0.25)
+    text = finish(config, ROSE_RAY_FAILPOINT="mid_pairs:1", ROSE_RAY_FAILPOINT_COUNTS=str(counts))
+    assert_same(workspace, reference)
+    assert "bank workers lost and replaced: 1" in text and not re.search(DEATHS, text)
+
+
+def test_workers_that_always_die_while_banks_are_made_end_the_run_with_an_exact_error(
+    cluster: Any, inputs: Path, reference: Path, tmp_path: Path
+) -> None:
+    workspace = copy_without_features(reference, tmp_path / "workspace", beyond=["bank"])
+    config = write_config(tmp_path, inputs, workspace, address=cluster.address, actors=1, cpus_per_actor=0.25)
+    text = finish(config, expected=1, ROSE_RAY_FAILPOINT="mid_pairs")
+    assert "error: bank workers died again and again without finishing a target; the last were process " in text
     finish(config)
     assert_same(workspace, reference)
 

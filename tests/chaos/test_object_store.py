@@ -13,7 +13,7 @@ import yaml
 from rose_ray.stores.verify import verify
 from rose_ray.stores.workspace import Workspace
 from tests.buckets import local_bucket
-from tests.chaos.disturbed import finish, receipts, started, tables, wait_for, write_config
+from tests.chaos.disturbed import finish, real_cluster, receipts, started, tables, wait_for, write_config
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
@@ -27,16 +27,26 @@ def bucket(inputs: Path) -> Iterator[tuple[Any, str]]:
         yield client, options
 
 
+@pytest.fixture
+def nodes(bucket: tuple[Any, str]) -> Iterator[str]:
+    """Address of two nodes, which are started last: they have to know what opens the bucket."""
+    with real_cluster() as made:
+        made.add_node(num_cpus=1)
+        yield made.address
+
+
 def keys(client: Any, below: str) -> list[str]:
     """Keys of a bucket's objects."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket="chaos", Prefix=f"workspace/{below}")
     return [each["Key"] for page in pages for each in page.get("Contents", [])]
 
 
-def test_killed_and_finished(bucket: tuple[Any, str], inputs: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_and_finished(
+    bucket: tuple[Any, str], nodes: str, inputs: Path, reference: Path, tmp_path: Path
+) -> None:
     client, options = bucket
     name = f"s3://chaos/workspace{options}"
-    config = write_config(tmp_path, inputs, name)
+    config = write_config(tmp_path, inputs, name, address=nodes, actors=2, cpus_per_actor=0.25)
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     content["pool"]["inputs"] = [{"files": [f"s3://chaos/pool/{each}.jsonl{options}"]} for each in "mn"]
     config.write_text(yaml.safe_dump(content), encoding="utf-8")

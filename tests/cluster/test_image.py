@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -66,3 +71,36 @@ def test_everything_installed_is_pinned() -> None:
     installs = [part for line in instructions("RUN") for part in line.split("&&") if "pip install" in part]
     assert installs
     assert all("-c constraints.txt" in part or "--no-deps" in part for part in installs)
+    versions = pins()
+    named = [Requirement(word) for part in installs for word in requirements(part)]
+    assert {"torch", "deepspeed"} <= {each.name for each in named}
+    for requirement in named:
+        assert canonicalize_name(requirement.name) in versions, f"{requirement} is in no line of constraints.txt"
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_extras_exist_and_what_they_and_the_project_need_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installs = [part for line in instructions("RUN") for part in line.split("&&") if "pip install" in part]
+    extras = [name for part in installs for found in re.findall(r"\.\[([\w,-]+)\]", part) for name in found.split(",")]
+    assert extras and set(extras) <= set(project["optional-dependencies"])
+    versions = pins()
+    wanted = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(versions.get(canonicalize_name(requirement.name), "none")), requirement
+
+
+def requirements(install: str) -> list[str]:
+    """Packages that a pip call names, without options, their values, and the project itself."""
+    words = shlex.split(install.split("pip install", 1)[1].split("&&")[0])
+    values = {place + 1 for place, word in enumerate(words) if word in ("-c", "-r")}
+    named = [word for place, word in enumerate(words) if place not in values and not word.startswith("-")]
+    return [word for word in named if not word.startswith(".")]
+
+
+def pins() -> dict[str, str]:
+    """Version by package, names in their one spelling."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    assert all([each.operator for each in requirement.specifier] == ["=="] for requirement in found)
+    return {canonicalize_name(each.name): next(iter(each.specifier)).version for each in found}

@@ -17,6 +17,7 @@ import ray.autoscaler
 import yaml
 
 from tests.cluster.crd_schemas import crd_schema
+from tests.cluster.ray_commands import complaint
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -193,3 +194,40 @@ def test_commands_of_the_readme_exist() -> None:
     assert files and all((ROOT / file).is_file() for file in files)
     named = set(re.findall(r"`([\w-]+\.yaml)`", text))
     assert {path.name for path in CLUSTER.glob("*.yaml")} <= named
+
+
+def ray_lines(text: str) -> list[str]:
+    """Lines of a shell that call ``ray``, as they stand."""
+    return [line.strip() for line in text.splitlines() if re.match(r"\s*ray [a-z]", line)]
+
+
+def ray_commands() -> Iterator[tuple[str, str]]:
+    """Every command line of ``ray`` that a file gives, with the file's name."""
+    for name, document in DOCUMENTS.items():
+        for command in (each for each in values(document, "command") if each[0] == "ray"):
+            yield name, shlex.join(command)
+    for path in RAY_UP:
+        content = yaml.safe_load(path.read_text())
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            for commands in values(content, key):
+                yield from ((path.name, line) for command in commands for line in command.split("&&") if "ray " in line)
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CLUSTER / "README.md"):
+        blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL)
+        yield from ((path.name, line) for block in blocks for line in ray_lines(block.replace("\\\n", " ")))
+        yield from ((path.name, line) for line in re.findall(r"`(ray [a-z][^`]*)`", path.read_text()))
+
+
+@pytest.mark.parametrize(("name", "line"), list(dict.fromkeys(ray_commands())))
+def test_ray_has_every_command_and_option_that_is_named(name: str, line: str) -> None:
+    program, *words = shlex.split(line, comments=True)
+    assert program == "ray"
+    assert complaint(words) is None, name
+
+
+def test_what_ray_does_not_have_is_found() -> None:
+    assert complaint(["start", "--head", "--port=6379"]) is None
+    assert complaint(["start", "--heed"]) is not None
+    assert complaint(["job", "submit", "--address", "http://head:8265", "--no-wait", "--", "python", "--heed"]) is None
+    assert complaint(["job", "submit", "--submision-id", "x", "--", "python"]) is not None
+    assert complaint(["job", "sumbit"]) == "ray job: no command 'sumbit'"
+    assert complaint(["job"]) == "ray job: a subcommand is missing"

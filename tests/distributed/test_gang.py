@@ -62,6 +62,7 @@ def test_a_gang_scores_as_one_process_does(finished: FinishedJob, plain: dict[st
     result = run_job(parse_config(content, SETTINGS))
     killer.join()
     assert len(killed) == 1
+    assert "scoring actors: gangs that came apart and were started again: 1" in result.events
     assert [group["state"] for group in placement_group_table().values() if "gang" in group["name"]] == 2 * ["REMOVED"]
     assert "features" in made_stages(result.stages) and "bank alpha" in made_stages(result.stages)
     found = scores(tmp_path / "workspace")

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from rose_ray.cli import app
 from rose_ray.config import JobConfig
+from rose_ray.distributed.job import RunResult
 from rose_ray.distributed.run import run_job
 from rose_ray.errors import AlteredFileError, StoreError
 from rose_ray.stages.collect import collect_garbage
 from rose_ray.stages.drift import drift
+from rose_ray.stages.pool import pool_row_ids
 from rose_ray.stages.report import status_lines
 from rose_ray.stages.restore import restore_version
 from rose_ray.stores.garbage import find_garbage, remove
@@ -26,7 +28,7 @@ from rose_ray.stores.workspace import Workspace
 from tests.buckets import local_bucket
 from tests.distributed import tiny
 from tests.distributed.conftest import FinishedJob, GrownJob
-from tests.distributed.reading import digests, made_stages
+from tests.distributed.reading import digests, made_stages, opened, read_file
 
 pytestmark = pytest.mark.ray
 
@@ -64,6 +66,26 @@ def test_only_new_rows_cost_gradient_passes(finished: FinishedJob, grown: GrownJ
     # A shard's rows are scored whole: which of them count is settled beside it.
     assert passes(grown.result.stages) <= (first["num_rows"] + damaged) * tiny.NUM_EPOCHS
     assert passes(grown.result.stages) >= (first["num_rows"] + damaged - rejected - tiny.NUM_SHARED) * tiny.NUM_EPOCHS
+
+
+def test_a_file_that_comes_costs_its_new_rows_and_one_that_goes_costs_none(finished: FinishedJob, copied: Path) -> None:
+    first, second, third = (f"{finished.inputs}/{name}.jsonl" for name in ("m", "n", "third"))
+    num_new = 8  # of the third file; the first holds its other rows
+    grown = run_job(tiny.tiny_job(finished.inputs, copied, [f"pool.inputs.0.files=['{first}','{second}','{third}']"]))
+    assert feature_passes(grown) == [num_new * tiny.NUM_EPOCHS]
+    less = run_job(tiny.tiny_job(finished.inputs, copied, [f"pool.inputs.0.files=['{first}','{third}']"]))
+    assert feature_passes(less) == [0]
+    targets = [f"{stage} {name}" for stage in ("score", "select") for name in ("alpha", "beta")]
+    assert made_stages(less.stages) == ["ingest", *targets]
+    assert less.pool is not None and less.pool.counts["unique"] == tiny.NUM_FIRST + num_new
+    assert less.scores["alpha"].counts["scored"] == tiny.NUM_FIRST + num_new
+    left = set(pool_row_ids(opened(copied), less.pool))
+    for selection in less.selections.values():
+        assert set(read_file(copied, selection, "selected.parquet")["row_id"].to_pylist()) <= left
+
+
+def feature_passes(result: RunResult) -> list[int]:
+    return [stage.counts["gradient passes"] for stage in result.stages if stage.stage == "features"]
 
 
 def test_a_run_that_changes_nothing_makes_no_version(grown: GrownJob, job: Copy) -> None:

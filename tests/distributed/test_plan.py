@@ -8,6 +8,8 @@ import pytest
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.plan import plan_job
+from rose_ray.distributed.run import run_job
+from rose_ray.errors import ConfigError, ResourceError
 from rose_ray.stages.report import status_lines
 from rose_ray.stores.plans import write_plan
 from rose_ray.stores.workspace import Workspace
@@ -31,6 +33,39 @@ def test_a_plan_names_the_stages_of_the_run(finished: FinishedJob, tmp_path: Pat
     assert warmup is not None and made.plan.num_bytes["warmup"] <= warmup.num_bytes
     left = {path.name for path in (tmp_path / "workspace").iterdir()}
     assert left == {"rose_ray.json", "ingest", "pool", "plans", "lease"}
+
+
+def test_exact_targets_are_foretold_under_the_names_of_their_stages(finished: FinishedJob, copied: Path) -> None:
+    config = tiny_job(finished.inputs, copied, ["targets.1.exact=true"])
+    made = plan_job(config, probe_rows=4)
+    assert made.work.spaces == ["", "beta"] and list(made.work.basis_tokens) == ["beta"]
+    assert {"basis beta", "bank beta", "features beta", "score beta"} <= set(made.plan.seconds)
+    ran = {stage.stage for stage in run_job(config).stages if not stage.reused}
+    assert {"basis beta", "bank beta", "features beta", "score beta", "select beta"} == ran
+    work = plan_job(config, probe_rows=0).work
+    assert (work.spaces, work.basis_tokens, work.shard_rows) == ([], {}, [])
+
+
+def test_what_no_node_can_offload_is_refused_before_the_pool_is_read(finished: FinishedJob, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("this node has what DeepSpeed needs for a disk")
+    settings = ["model.deepspeed.zero_stage=3", "model.deepspeed.offload_parameters=nvme"]
+    config = tiny_job(finished.inputs, tmp_path / "workspace", [*settings, f"model.deepspeed.nvme_path={tmp_path}"])
+    with pytest.raises(ResourceError, match="async_io operator, which cannot be built on"):
+        plan_job(config, probe_rows=0)
+    assert not (tmp_path / "workspace" / "pool").exists()
+
+
+def test_ranks_are_foretold_without_a_probe_only(finished: FinishedJob, copied: Path) -> None:
+    settings = ["model.deepspeed.zero_stage=3", "ray.ranks_per_actor=2", "ray.cpus_per_actor=0.25"]
+    config = tiny_job(finished.inputs, copied, settings)
+    with pytest.raises(ConfigError, match="add --probe 0, which foretells sizes and the least memory of a rank"):
+        plan_job(config, probe_rows=4)
+    work = plan_job(config, probe_rows=0).work
+    assert (work.ranks, work.held_bytes) == (2, 4 * work.num_parameters * NUM_EPOCHS * 4)
+    assert work.base_bytes > work.largest_bytes > 0
 
 
 def test_what_is_done_is_not_planned_again(finished: FinishedJob, copied: Path) -> None:

@@ -33,7 +33,7 @@ def config(**settings: Any) -> EvaluationConfig:
 
 
 def planner(evaluation: EvaluationConfig, **model: Any) -> TrainingPlanner:
-    identity = ModelIdentity("base", "text", ParameterLayout((("w", (2, 3)),)))
+    identity = ModelIdentity("base", "text", ParameterLayout((("w", (2, 3)),)), 0, 0)
     return TrainingPlanner(evaluation, ModelConfig(base="b", **model), LoraConfig(), identity)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import types
 from pathlib import Path
@@ -18,6 +20,7 @@ from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Sc
 from rose_ray.methods.registry import method_of
 from rose_ray.methods.shards import MethodRun
 from rose_ray.schemas import scores_schema
+from rose_ray.stores.manifest import read_manifest
 from rose_ray.stores.shards import (
     LENGTHS,
     SHARD_SCORES,
@@ -76,6 +79,8 @@ def test_every_row_is_scored_or_rejected(method: str, workspace: Workspace, tmp_
     assert pool.counts["unique"] == 15 and len(pool.facts["shards"]) == 5
     table, made = run_method(workspace, pool, target(method), tiny_tokeniser(tokenizer), PAIRS)
     assert made.counts == {"unique": 15, "scored": 14, "rejected": 1}
+    receipts = [read_manifest(workspace, path) for path in workspace.list_folder(workspace.list_folder(LENGTHS)[0])]
+    assert {(each.facts["host"], each.facts["pid"]) for each in receipts} == {(socket.gethostname(), os.getpid())}
     assert made.facts["reject_reasons"] == {"prompt_too_long": 1}
     subtasks = ["x", "y"] if method in ("bm25", "dsir") else ["t"]
     assert table.schema.equals(scores_schema(subtasks), check_metadata=True)

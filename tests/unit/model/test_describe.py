@@ -20,7 +20,10 @@ def test_identity_is_that_of_the_loaded_model(base_folder: str) -> None:
     config = ModelConfig(base=base_folder)
     identity = describe_model(config, LORA)
     assert identity.base == base_digest(base_folder)
-    assert identity.layout == layout_of(attach_adapter(load_base(config), LORA, dropout=0.0))
+    base = load_base(config)
+    sizes = [parameter.nbytes for parameter in base.parameters()]
+    assert (identity.base_bytes, identity.largest_bytes) == (sum(sizes), max(sizes))
+    assert identity.layout == layout_of(attach_adapter(base, LORA, dropout=0.0))
     assert describe_model(config, LORA) == identity
 
 

@@ -11,6 +11,7 @@ from rose_ray.stages.plan import (
     Work,
     artefact_bytes,
     features_seconds,
+    held_bytes,
     makespan,
     num_positions,
     predict,
@@ -45,7 +46,9 @@ WORK = Work(
     shard_rows=[500, 250, 250],
     warmup_positions=6000,
     warmup_start=12.0,
+    basis_tokens={"b": 500},
     pair_tokens={"a": 1000, "b": 500},
+    spaces=["", "b"],
     num_pairs={"a": 10, "b": 5},
     passes=[["a"], ["b"]],
     num_subtasks={"a": 2, "b": 1},
@@ -80,28 +83,34 @@ def test_makespan(durations: list[float], workers: int, end: float) -> None:
 def test_seconds_by_stage() -> None:
     seconds = predict(WORK, TOKENS, RATES).seconds
     assert seconds["warmup"] == pytest.approx(12 + 6000 * 2e-3 / 2)
-    assert seconds["bank a"] == pytest.approx(10 + 1000 * 4 * 3e-3)  # the model is loaded once
+    assert list(seconds) == [
+        "warmup", "basis b", "bank a", "bank b", "features", "features b", "score a", "score b",
+    ]  # fmt: skip
+    assert seconds["basis b"] == pytest.approx(10 + 500 * 4 * 4e-3)
+    assert seconds["bank a"] == pytest.approx(1000 * 4 * 3e-3)  # the model is loaded once
     assert seconds["bank b"] == pytest.approx(500 * 4 * 4e-3)
     # A row of 100 tokens takes 0.4 s at four checkpoints, and four in five are scored: 160 s, then 80 s beside 80 s.
     assert seconds["features"] == pytest.approx(10 + 160)
-    assert features_seconds(WORK, TOKENS, RATES) == seconds["features"]
+    assert features_seconds(WORK, TOKENS, RATES) == seconds["features"] == seconds["features b"]
     assert seconds["score a"] == pytest.approx(800 * 4 * 1e-4)
     assert seconds["score b"] == pytest.approx(800 * 4 * 2e-4)
 
 
 def test_a_pass_over_the_features_that_targets_share_counts_once() -> None:
     apart = predict(WORK, TOKENS, RATES)
-    assert apart.wall_seconds == pytest.approx(sum(apart.seconds.values()))
+    assert apart.wall_seconds == pytest.approx(sum(apart.seconds.values()) - apart.seconds["features b"])
     shared = predict(replace(WORK, passes=[["a", "b"]]), TOKENS, replace(RATES, reducing=[3e-4]))
     assert shared.seconds["score a"] == shared.seconds["score b"] == pytest.approx(800 * 4 * 3e-4)
-    assert shared.wall_seconds == pytest.approx(sum(shared.seconds.values()) - shared.seconds["score b"])
+    twice = shared.seconds["features b"] + shared.seconds["score b"]
+    assert shared.wall_seconds == pytest.approx(sum(shared.seconds.values()) - twice)
 
 
 def test_device_hours_count_every_device_for_as_long_as_its_stage_takes() -> None:
     plan = predict(WORK, TOKENS, RATES)
     assert plan.device_hours["features"] == pytest.approx(2 * plan.seconds["features"] / 3600)
     assert plan.device_hours["bank a"] == pytest.approx(plan.seconds["bank a"] / 3600)
-    assert "score a" not in plan.device_hours
+    assert plan.device_hours["basis b"] == pytest.approx(plan.seconds["basis b"] / 3600)
+    assert not {"score a", "features b"} & set(plan.device_hours)
 
 
 def test_break_even_is_where_the_saved_training_equals_the_cost() -> None:
@@ -114,7 +123,9 @@ def test_break_even_is_where_the_saved_training_equals_the_cost() -> None:
 
 
 def test_what_is_there_costs_nothing() -> None:
-    done = Work(**{**vars(WORK), "shard_rows": [], "warmup_positions": 0, "pair_tokens": {}, "passes": []})
+    done = Work(
+        **{**vars(WORK), "shard_rows": [], "warmup_positions": 0, "pair_tokens": {}, "passes": [], "basis_tokens": {}}
+    )
     plan = predict(done, TOKENS, replace(RATES, reducing=[]))
     assert plan.seconds == {} and plan.wall_seconds == 0 and plan.break_even_epochs == 0
 
@@ -157,6 +168,42 @@ def test_the_report_says_what_does_not_fit() -> None:
     text = "\n".join(plan_lines(TOKENS, WORK, tight, predict(WORK, TOKENS, tight), 3))
     assert "DOES NOT FIT" in text and "gradients.max_batch_tokens" in text
     assert "1,000 unique rows in 3 shards" in text and "GPU-hours" in text
+
+
+def test_what_is_left_out_of_the_sum_is_said() -> None:
+    plan = predict(WORK, TOKENS, RATES)
+    for others, text in (({}, "without select"), ({"c": "gist"}, "without select and without what scores c")):
+        (line,) = (line for line in plan_lines(TOKENS, WORK, RATES, plan, 3, others) if line.startswith("in all"))
+        assert line.endswith(f"  {text}")
+
+
+def test_bases_that_are_missing_are_work_to_do() -> None:
+    plan = predict(WORK, TOKENS, RATES)
+    assert any("exact bases of 1; banks of 2 of 2 targets" in line for line in plan_lines(TOKENS, WORK, None, plan, 3))
+
+
+def test_an_actor_holds_weights_and_moments_of_every_checkpoint_and_what_projects_them() -> None:
+    assert held_bytes(1000, 4, 0, deflates=False) == 12 * 1000 * 4
+    assert held_bytes(1000, 4, 0, deflates=True) == (12 + 4) * 1000 * 4
+    assert held_bytes(1000, 4, 16, deflates=False) == (12 + 4 * 16) * 1000 * 4
+
+
+def test_the_hosts_memory_is_foretold_beside_a_gpus() -> None:
+    plan, low = predict(WORK, TOKENS, RATES), {"host_bytes": 6 * 10**9, "host_available_bytes": 5 * 10**9}
+    assert "host memory" not in "\n".join(plan_lines(TOKENS, WORK, RATES, plan, 3))
+    text = "\n".join(plan_lines(TOKENS, WORK, replace(RATES, **low), plan, 3))
+    assert "memory of an actor: 3 GB at batches of 4,096 tokens, 8 GB available: fits" in text
+    assert "host memory of an actor: 6 GB, its checkpoints among it, 5 GB available: DOES NOT FIT" in text
+
+
+def test_the_least_memory_of_a_rank_is_foretold_without_a_probe() -> None:
+    shared = replace(WORK, ranks=4, base_bytes=16 * 10**9, largest_bytes=10**9, held_bytes=48_000)
+    lines = list(plan_lines(TOKENS, shared, None, predict(shared, TOKENS, None), 3))
+    assert lines[-1] == "no probe: no times"
+    assert lines[-2] == (
+        "memory of a rank: at least 5 GB for weights (4 GB its part of the base's 16 GB, 1 GB the largest parameter, "
+        "gathered), and 48 kB of host memory for checkpoints; what batches take comes on top"
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.0, "3.0 s"), (600, "10.0 min"), (36000, "10.0 h")])

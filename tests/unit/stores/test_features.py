@@ -9,7 +9,14 @@ import pyarrow as pa
 import pytest
 
 from rose_ray.errors import AlteredFileError
-from rose_ray.stores.features import REJECTED_FILE, checkpoint_file, find_shard, read_shard_features, shard_folder
+from rose_ray.stores.features import (
+    REJECTED_FILE,
+    checkpoint_file,
+    find_shard,
+    mixed_settings,
+    read_shard_features,
+    shard_folder,
+)
 from rose_ray.stores.manifest import Manifest, commit_artefact
 from rose_ray.stores.workspace import Workspace
 
@@ -70,3 +77,9 @@ def test_features_are_read_checked_and_in_the_order_of_training(workspace: Works
         read_shard_features(workspace, receipt, CHECKPOINTS)
     with pytest.raises(AlteredFileError, match=r"does not list 'checkpoint-3\.parquet'"):
         read_shard_features(workspace, receipt, [*CHECKPOINTS, "checkpoint-3"])
+
+
+def test_what_differs_among_shards_is_named() -> None:
+    one, other = {"device": "cpu", "max_batch_tokens": 512}, {"device": "cuda", "max_batch_tokens": 512}
+    assert mixed_settings([one, {}, one]) == ""
+    assert mixed_settings([one, other, one, {}]) == "device cpu (2 shards), cuda (1 shards)"
