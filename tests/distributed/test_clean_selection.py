@@ -80,7 +80,7 @@ def scores(workspace: Workspace, pool: Manifest) -> Manifest:
             columns.setdefault(field.name, pa.array(np.ones(part.num_rows)).cast(field.type))
         tables.append(pa.table(columns).select(schema.names).cast(schema))
     record = workspace.write_table(f"scores/t/k/{SCORES_FILE}", pa.concat_tables(tables))
-    facts = {"target": "t", "subtasks": SUBTASKS}
+    facts = {"target": "t", "subtasks": SUBTASKS, "objective": "rose"}
     return commit_artefact(
         workspace,
         "score",
