@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from rose_ray.distributed.engine import free_port
 from rose_ray.stores.verify import verify
 from rose_ray.stores.workspace import Workspace
 from tests.distributed.reading import digests
@@ -54,7 +55,9 @@ def real_cluster() -> Iterator[Any]:
     """Start a head to which nodes can be added; nodes have this process's environment as it is then."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    # Another Ray on this machine, such as the one that many tests share, has the usual port.
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    made = Cluster(initialize_head=True, connect=False, head_node_args=head)
     try:
         yield made
     finally:
