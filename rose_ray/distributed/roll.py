@@ -24,6 +24,10 @@ ENDLESS = -1
 """Ray's number of restarts and of repeated calls of an actor whose roll ends it instead."""
 
 
+_ANSWER_SECONDS = 60.0
+"""How long the roll may take to answer: its node may be gone, and with it whatever it noted."""
+
+
 class _Roll:
     """A Ray actor that every actor at work reports to."""
 
@@ -68,7 +72,9 @@ def called_roll(num_actors: int, events: list[str], who: str = "scoring actors")
         yield roll
     finally:
         try:
-            events += loss_lines(who, *ray.get(roll.losses.remote()))
+            events += loss_lines(who, *ray.get(roll.losses.remote(), timeout=_ANSWER_SECONDS))
+        except ray.exceptions.RayError as error:  # what ended the work, if anything did, matters more
+            events.append(f"{who}: not known whether any were lost ({type(error).__name__})")
         finally:
             ray.kill(roll)
 

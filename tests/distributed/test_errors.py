@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from rose_ray.distributed.roll import called_roll
 from rose_ray.distributed.run import run_job
 from rose_ray.distributed.session import CarriedError, carried_errors, check_submitted, root_cause
-from rose_ray.errors import AlteredFileError, ConfigError, PairError, ResourceError, RoseError, RowError
+from rose_ray.errors import AlteredFileError, ConfigError, DataError, PairError, ResourceError, RoseError, RowError
 from rose_ray.filesystem import locate, write_bytes
 from tests.distributed.tiny import tiny_job, write_inputs
 
@@ -29,6 +30,17 @@ def test_from_a_task(ray_cluster: None, error: RoseError) -> None:
         ray.get(ray.remote(num_cpus=0)(raise_error).remote(error))
     cause = root_cause(raised.value)
     assert type(cause) is type(error) and str(cause) == str(error)
+
+
+def test_a_lost_roll_hides_no_error_and_fails_no_work(ray_cluster: None) -> None:
+    events: list[str] = []
+    with pytest.raises(DataError, match="a bad row"), called_roll(1, events) as roll:
+        ray.kill(roll)
+        raise DataError("a bad row")
+    with called_roll(1, events, "bank workers") as roll:
+        ray.kill(roll)
+    who = ("scoring actors", "bank workers")
+    assert events == [f"{each}: not known whether any were lost (ActorDiedError)" for each in who]
 
 
 def test_a_system_error_keeps_its_file_name(ray_cluster: None) -> None:
