@@ -60,8 +60,7 @@ def check_weights(base: nn.Module, model: ModelConfig, deepspeed: Any) -> None:
     found = [
         (name, parameter, stored)
         for name, parameter in base.named_parameters()
-        for stored in (name, name.removeprefix(prefix), f"{prefix}{name}")
-        if stored in files
+        for stored in sorted({name, name.removeprefix(prefix), f"{prefix}{name}"} & files.keys())
     ]
     if not found:
         raise ModelError(
