@@ -34,7 +34,7 @@ class StoreSize:
     dim: int = 1024
     subtasks: int = 18
     pairs: int = 5
-    stored: StoredType = "float16"
+    stored: StoredType = "int8"
 
     @property
     def names(self) -> list[str]:
@@ -57,7 +57,7 @@ def make_store(folder: str, size: StoreSize) -> Store:
     """Make a pool, its features and a bank below ``folder``."""
     workspace = Workspace.open(folder, create=True)
     pool = settle_pool(workspace, [_ingested(workspace, size)])
-    features = {"key": "made", "space": SPACE, "checkpoints": size.names}
+    features: dict[str, Any] = {"key": "made", "space": SPACE, "checkpoints": size.names}
     features |= {"mean_learning_rates": [RATE] * size.checkpoints}
     for number, entry in enumerate(pool.facts["shards"]):
         row_ids = workspace.read_table(entry["path"], columns=["row_id"])["row_id"]
@@ -98,7 +98,7 @@ def made_scores(rows: int, subtasks: int, part_rows: int = 1 << 20) -> Iterator[
 
 
 def _ingested(workspace: Workspace, size: StoreSize) -> Manifest:
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number, start in enumerate(range(0, size.rows, size.shard_rows)):
         count, random = min(size.shard_rows, size.rows - start), np.random.default_rng([number, 0])
         places = np.arange(start + 1, start + count + 1)

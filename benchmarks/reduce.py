@@ -7,7 +7,8 @@ Everything is measured in a fresh process with one thread for BLAS, as a Ray tas
     PYTHONPATH=. python benchmarks/reduce.py --folder SCRATCH --part wide
     PYTHONPATH=. python benchmarks/reduce.py --folder SCRATCH --part select
 
-``million`` needs 10 GB in SCRATCH, the others 2 to 6 GB; ``select`` needs 6 GB of memory. What is made is deleted.
+Features are in int8, the default of a job, unless ``--stored`` says otherwise. ``million`` needs 6 GB in SCRATCH, 10 GB
+in float16, the others 2 to 6 GB; ``select`` needs 6 GB of memory. What is made is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from benchmarks.made_store import Store, StoreSize, made_scores, make_store
 from benchmarks.timing import write_results
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.distributed.tasks import CORRELATED_COLUMNS, ScorePlan, score_targets
+from rose_ray.kernels.quantization import StoredType
 from rose_ray.kernels.ranking import ranks
 from rose_ray.stages.candidates import Candidates, Scores, choose, target_candidates
 from rose_ray.stages.select import selection_summary
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--part", choices=[*SIZES, "select"], required=True)
     parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder with room")
     parser.add_argument("--rows", type=int, help="another number of rows")
+    parser.add_argument("--stored", choices=get_args(StoredType), default="int8", help="form of the features")
     parser.add_argument("--subtasks", type=int, default=4, help="of the score table; features meet 18 of 5 pairs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -213,7 +216,7 @@ def main() -> None:
         sections[f"5 % of {rows:,} rows, scores only"] = selections(options.folder / "table", rows, options.subtasks)
     else:
         for size in SIZES[options.part]:
-            size = size if options.rows is None else replace(size, rows=options.rows)
+            size = replace(size, rows=options.rows or size.rows, stored=options.stored)
             shape = f"{size.checkpoints} checkpoints, D {size.dim}, {size.stored}"
             title = f"{size.rows:,} rows, {shape}, shards of {size.shard_rows}"
             sections[title] = reduce_rows(options.folder / "store", size, 3)
