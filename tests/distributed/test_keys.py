@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rose_ray.config.changes import STAGES, recomputed_stages
-from rose_ray.distributed.bank import bank_made_from
+from rose_ray.distributed.bank import _basis_made_from, bank_made_from
 from rose_ray.distributed.checkpoints import _warmup_settings
 from rose_ray.distributed.job import Job
 from rose_ray.model.describe import describe_model
@@ -32,11 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inputs
 
 
-def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
+def job_of(folder: Path, overrides: list[str]) -> Job:
     config = tiny_job(folder, folder / "workspace", overrides)
     job = Job(Workspace.open(config.workspace, create=True), config)
     vars(job)["identity"] = describe_model(config.model, config.lora)  # asked for here, not on a worker
-    target = config.targets[0]
+    return job
+
+
+def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
+    job = job_of(folder, overrides)
+    target = job.config.targets[0]
     made_from: dict[str, dict[str, Any]] = {
         "warmup": _warmup_settings(job),
         "bank": bank_made_from(job, job.feature_set(WARMUP, target), target, read_target_pairs(target)),
@@ -103,3 +108,23 @@ def test_a_change_recomputes_what_is_said(folder: Path, override: str) -> None:
         assert said == set(STAGES) - {"ingest"}
     else:
         assert said & set(before) == changed
+
+
+def test_a_basis_goes_by_what_it_keeps_and_not_by_how_that_was_decided(folder: Path) -> None:
+    def made_from(*overrides: str) -> dict[str, Any]:
+        job = job_of(folder, ["targets.0.exact=true", *overrides])
+        target = job.config.targets[0]
+        return _basis_made_from(job, WARMUP, target, read_target_pairs(target))
+
+    pairs, subtasks = (made_from(f"gradients.exact_basis={kept}") for kept in ("pairs", "subtasks"))
+    assert pairs["objective"] is None and subtasks["objective"] == ["rose", "exact", 0.1]
+    assert made_from() == pairs and made_from("gradients.exact_basis_gib=1e-6") == subtasks
+    assert made_from("gradients.exact_basis_gib=1e-6", "targets.0.selection.method=round_robin_pairs") == pairs
+    assert made_from("gradients.exact_basis_gib=1e-6", "gradients.exact_basis=pairs") == pairs
+    # Neither the machine nor its neighbours have a say: devices, actors, and what other targets take.
+    assert made_from("ray.gpus_per_actor=0.5", "ray.actors=3", "targets.1.exact=true") == pairs
+
+
+def test_the_bound_of_bases_is_no_part_of_a_batch_s_bound(folder: Path) -> None:
+    files = {job_of(folder, [f"gradients.exact_basis_gib={gib}"]).budget_file(WARMUP) for gib in (1, 2)}
+    assert len(files) == 1
