@@ -11,7 +11,9 @@ from rose_ray.config.changes import STAGES, recomputed_stages
 from rose_ray.distributed.bank import _basis_made_from, bank_made_from
 from rose_ray.distributed.checkpoints import _warmup_settings
 from rose_ray.distributed.job import Job
+from rose_ray.distributed.plan import _work
 from rose_ray.model.describe import describe_model
+from rose_ray.stages.plan import PoolTokens
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.workspace import Workspace
@@ -123,6 +125,21 @@ def test_a_basis_goes_by_what_it_keeps_and_not_by_how_that_was_decided(folder: P
     assert made_from("gradients.exact_basis_gib=1e-6", "gradients.exact_basis=pairs") == pairs
     # Neither the machine nor its neighbours have a say: devices, actors, and what other targets take.
     assert made_from("ray.gpus_per_actor=0.5", "ray.actors=3", "targets.1.exact=true") == pairs
+
+
+@pytest.mark.parametrize(("gib", "keeps", "num_rows"), [(8, "pairs", 12), (1e-6, "subtasks", 2)])
+def test_a_plan_foretells_the_basis_that_a_run_makes(folder: Path, gib: float, keeps: str, num_rows: int) -> None:
+    job = job_of(folder, ["targets.0.exact=true", f"gradients.exact_basis_gib={gib}"])
+    pairs = {target.name: read_target_pairs(target) for target in job.config.gradient_targets}
+    pool = Manifest("pool", "", {}, [], {}, {"shards": [{"shard": "s", "num_rows": 9, "num_skipped": 0}]}, 0.0, {}, "")
+    work = _work(
+        job, pool, PoolTokens(9, [5] * 9, 0, 0), pairs, {name: [7] * len(each) for name, each in pairs.items()}
+    )
+    choice = job.basis_choice(job.config.targets[0], pairs["alpha"])
+    assert choice.keeps == keeps and list(work.basis_lines) == [choice.line()]
+    assert work.dims["alpha"] == choice.num_rows == num_rows
+    deflated_and_adam = 4 * work.num_parameters * work.num_checkpoints * 4
+    assert work.held_bytes == deflated_and_adam + choice.num_bytes
 
 
 def test_the_bound_of_bases_is_no_part_of_a_batch_s_bound(folder: Path) -> None:
