@@ -33,10 +33,17 @@ class GradientConfig(Strict):
 
     adam: AdamMode = Field("torch", description="torch, less_code (the released formula), v_only, or sgd.")
     projection: ProjectionConfig = Field(default_factory=ProjectionConfig, description="Direction to feature.")
-    exact_basis: Literal["pairs", "subtasks"] = Field(
-        "pairs",
-        description="What exact targets keep of their pairs on the device: both sides of each, or one direction a "
-        "subtask: less memory, but then only this objective's scores are exact, no single pair's influence.",
+    exact_basis: Literal["auto", "pairs", "subtasks"] = Field(
+        "auto",
+        description="What exact targets keep of their pairs in an actor: both sides of each, or one direction a "
+        "subtask: less memory, but then only this objective's scores are exact, no single pair's influence. auto keeps "
+        "the pairs where they are within exact_basis_gib, and a run says which it took.",
+    )
+    exact_basis_gib: float = Field(
+        8.0,
+        gt=0,
+        description="What exact_basis: auto compares with, in GiB, target by target: both sides of the pairs in "
+        "float32 at all checkpoints, as an actor holds them. Ignored by pairs and subtasks.",
     )
     stored_dtype: Literal["float32", "float16", "int8", "bit1"] = Field(
         "int8", description="Type of a stored feature; docs/projections.md says what each costs in rank."

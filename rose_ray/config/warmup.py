@@ -46,6 +46,11 @@ class WarmupConfig(Strict):
         None, description="Weights of those adapters, for instance learning rates; equal where unset."
     )
 
+    @property
+    def num_checkpoints(self) -> int:
+        """How many there will be: one an epoch, or the adapters given."""
+        return self.epochs if self.adapters is None else len(self.adapters)
+
     @model_validator(mode="after")
     def _adapters_are_not_trained(self) -> WarmupConfig:
         # At its default a setting says nothing: `init` writes them all.

@@ -295,12 +295,13 @@ class BankActor(ModelHolder):
         self.enrolment.finished()
         return tables
 
-    def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
+    def basis(
+        self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str, per_subtask: bool
+    ) -> list[FileRecord]:
         """Write a target's exact basis, a file per checkpoint: it is too large to travel."""
         self.enrolment.check()
         encoded, reference_V2 = self._encoded(target, pairs)
         spec = self.spec
-        per_subtask = spec.gradients.exact_basis == "subtasks"
         settings = BasisSettings(per_subtask, spec.max_batch_tokens, _half_precision_beta(target))
         records = []
         for name, checkpoint in zip(spec.checkpoint_names(), self.checkpoints, strict=True):

@@ -85,7 +85,7 @@ def bank_made_from(
 def _basis_made_from(
     job: Job, warmup: Manifest, target: TargetConfig, pairs: Sequence[PreferencePair]
 ) -> dict[str, Any]:
-    per_subtask = job.config.gradients.exact_basis == "subtasks"
+    per_subtask = job.basis_choice(target, pairs).per_subtask
     return {
         "stage": "basis",
         "version": BASIS_VERSION,
@@ -129,20 +129,17 @@ def make_bases(job: Job, warmup: Manifest, pairs: Mapping[str, Sequence[Preferen
         if not job.config.is_exact(target):
             continue
         started = time.monotonic()
-        per_subtask = job.config.gradients.exact_basis == "subtasks"
+        choice = job.basis_choice(target, pairs[target.name])
+        logger.info(choice.line())
+        job.result.events.append(choice.line())
         made_from = _basis_made_from(job, warmup, target, pairs[target.name])
         folder = f"basis/{artefact_key(made_from)}"
         basis = find_manifest(job.workspace, folder)
         reused = basis is not None
         if basis is None:
-            if per_subtask:
-                logger.info(
-                    f"basis {target.name}: one direction a subtask: {target.objective} scores are exact; another "
-                    "objective needs another pass, and influences of single pairs mean nothing"
-                )
-            files = actor.call(f"basis {target.name}", "basis", target, pairs[target.name], folder)
+            files = actor.call(f"basis {target.name}", "basis", target, pairs[target.name], folder, choice.per_subtask)
             counts = {"pairs": len(pairs[target.name]), "directions": max(record.num_rows for record in files)}
-            basis = commit_artefact(job.workspace, "basis", made_from, files, counts, {}, started=started)
+            basis = commit_artefact(job.workspace, "basis", made_from, files, counts, choice.facts(), started=started)
         job.result.bases[target.name] = basis
         job.note(f"basis {target.name}", basis, started, reused=reused)
 

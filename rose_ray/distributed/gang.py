@@ -216,9 +216,11 @@ class GangBank:
         self.enrolment.finished()
         return tables
 
-    def basis(self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str) -> list[FileRecord]:
+    def basis(
+        self, target: TargetConfig, pairs: Sequence[PreferencePair], folder: str, per_subtask: bool
+    ) -> list[FileRecord]:
         """See `BankActor`; the first rank writes."""
         self.enrolment.check()
-        records: list[FileRecord] = self.gang.call("basis", lambda rank: (target, pairs, folder))[0]
+        records: list[FileRecord] = self.gang.call("basis", lambda rank: (target, pairs, folder, per_subtask))[0]
         self.enrolment.finished()
         return records

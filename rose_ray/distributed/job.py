@@ -13,6 +13,7 @@ import ray
 
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
+from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import ScoringSpec, device_of
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.metrics import say_stage
@@ -20,6 +21,7 @@ from rose_ray.distributed.spaces import SpaceSpec, projection_identity
 from rose_ray.methods.registry import needs_of
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import describe_text
+from rose_ray.stages.basis_choice import BasisChoice, choose_basis
 from rose_ray.stages.features import FEATURES_VERSION
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.runs import StageRecord
@@ -108,6 +110,16 @@ class Job:
             "layout": self.identity.layout.digest,
         }
 
+    def basis_choice(self, target: TargetConfig, pairs: Sequence[PreferencePair]) -> BasisChoice:
+        """What the basis of an exact target keeps; its warm-up need not be there yet."""
+        return choose_basis(
+            self.config.gradients,
+            target,
+            pairs,
+            num_parameters=self.identity.layout.num_parameters,
+            num_checkpoints=self.config.warmup.num_checkpoints,
+        )
+
     def feature_sets(self, warmup: Manifest) -> dict[str, FeatureSet]:
         """The feature spaces of this run: under ``""`` that of the projection, and one per exact target by its name.
 
@@ -183,7 +195,8 @@ class Job:
         settings = {
             "model": config.model.model_dump(mode="json"),
             "lora": config.lora.model_dump(mode="json"),
-            "gradients": config.gradients.model_dump(mode="json"),
+            # Bases stand among the spaces, whatever bound they were chosen by.
+            "gradients": config.gradients.model_dump(mode="json", exclude={"exact_basis_gib"}),
             "device": device_of(config.ray),
             "gpus": config.ray.gpus_per_actor,
             "spaces": [each.made_from["space"]["projection"] for each in self.feature_sets(warmup).values()],

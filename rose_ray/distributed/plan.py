@@ -170,10 +170,9 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
     trains = warmup is None and config.warmup.adapters is None
     kinds = config.gradients.projection.kind
     dims = {"": config.gradients.projection.dim if kinds != "none" else job.identity.layout.num_parameters}
-    exact = {
-        target.name: _num_exact(job, target, pairs[target.name]) for target in config.targets if config.is_exact(target)
-    }
-    num_checkpoints = len(config.warmup.adapters or []) or config.warmup.epochs
+    choices = [job.basis_choice(target, pairs[target.name]) for target in config.targets if config.is_exact(target)]
+    exact = {choice.target: choice.num_rows for choice in choices}
+    num_checkpoints = config.warmup.num_checkpoints
     return Work(
         actors=config.ray.actors,
         workers=config.warmup.workers,
@@ -193,6 +192,7 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
         num_subtasks={name: len({pair.subtask for pair in each}) for name, each in pairs.items()},
         fraction=max(_fraction(target, tokens) for target in config.gradient_targets),
         held_bytes=_held_bytes(job, num_checkpoints, exact),
+        basis_lines=[choice.line() for choice in choices],
         ranks=config.ray.ranks_per_actor,
         base_bytes=job.identity.base_bytes,
         largest_bytes=job.identity.largest_bytes,
@@ -208,11 +208,6 @@ def _passes(targets: Sequence[str], exact: Mapping[str, int]) -> list[list[str]]
     """Group targets by the features they are scored on: an exact one has its own."""
     shared = [name for name in targets if name not in exact]
     return [*([shared] if shared else []), *([name] for name in targets if name in exact)]
-
-
-def _num_exact(job: Job, target: TargetConfig, pairs: Sequence[PreferencePair]) -> int:
-    per_subtask = job.config.gradients.exact_basis == "subtasks"
-    return len({pair.subtask for pair in pairs}) if per_subtask else 2 * len(pairs)
 
 
 def _fraction(target: TargetConfig, tokens: PoolTokens) -> float:

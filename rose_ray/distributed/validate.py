@@ -14,9 +14,10 @@ from rose_ray.distributed.own_adapters import check_own_adapters, describe_momen
 from rose_ray.evaluate.inputs import check_inputs
 from rose_ray.filesystem import expand, locate
 from rose_ray.methods.registry import method_of, needs_of
-from rose_ray.model.describe import describe_model
+from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import load_tokeniser, text_digest
 from rose_ray.stages.bank import encode_pairs
+from rose_ray.stages.basis_choice import choose_basis
 from rose_ray.stages.clean import check_test_text
 from rose_ray.stages.ingest import detect_file_format
 from rose_ray.stages.target_pairs import read_target_pairs
@@ -36,13 +37,14 @@ def validate_job(config: JobConfig) -> Iterator[str]:
             yield f"pool file {location.name}: {detected}"
     check_methods(config)
     needs = needs_of(config)
-    if needs.any_model:
-        yield from _model_lines(config)
+    identity = describe_model(config.model, config.lora) if needs.any_model else None
+    if identity is not None:
+        yield from _model_lines(config, identity)
     tokeniser = load_tokeniser(config.model)
-    if not needs.any_model:
+    if identity is None:
         yield f"tokenizer of {config.model.base}: {text_digest(tokeniser)}; no target needs the model's weights"
     for target in config.targets:
-        yield _target_line(target, tokeniser)
+        yield from _target_lines(config, target, tokeniser, identity)
     check_test_text(config)
     if config.evaluation is not None:
         yield from _evaluation_lines(config, config.evaluation)
@@ -57,8 +59,7 @@ def _evaluation_lines(config: JobConfig, settings: EvaluationConfig) -> Iterator
         yield f"evaluation {benchmark.name}: {len(benchmark.pairs or benchmark.questions)} items ({benchmark.kind})"
 
 
-def _model_lines(config: JobConfig) -> Iterator[str]:
-    identity = describe_model(config.model, config.lora)
+def _model_lines(config: JobConfig, identity: ModelIdentity) -> Iterator[str]:
     yield (
         f"base model {config.model.base}: {identity.base}, {identity.layout.num_parameters:,} adapter parameters in "
         f"{len(identity.layout.shapes)} matrices"
@@ -68,16 +69,23 @@ def _model_lines(config: JobConfig) -> Iterator[str]:
         yield f"adapter {name}: {describe_moments(state)}"
 
 
-def _target_line(target: TargetConfig, tokeniser: Tokeniser) -> str:
+def _target_lines(
+    config: JobConfig, target: TargetConfig, tokeniser: Tokeniser, identity: ModelIdentity | None
+) -> Iterator[str]:
     method = "" if target.uses_gradients else f"method {target.method}, "
     if not target.pairs:
-        return f"target {target.name}: {method}no pairs"
+        yield f"target {target.name}: {method}no pairs"
+        return
     pairs = read_target_pairs(target)
     counts = Counter(pair.subtask for pair in pairs)
     subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = f"target {target.name}: {method}{len(pairs)} pairs ({subtasks})"
     if not (target.uses_gradients or method_of(target).needs.any_model):
-        return found  # no run tokenises them
+        yield found  # no run tokenises them
+        return
     encoded = encode_pairs(pairs, tokeniser, target)
     cut = sum(1 for pair in encoded if pair.chosen.num_tokens_cut or pair.rejected.num_tokens_cut)
-    return f"{found}, {cut} cut at {tokeniser.max_tokens} tokens"
+    yield f"{found}, {cut} cut at {tokeniser.max_tokens} tokens"
+    if config.is_exact(target) and identity is not None:
+        size, number = identity.layout.num_parameters, config.warmup.num_checkpoints
+        yield choose_basis(config.gradients, target, pairs, num_parameters=size, num_checkpoints=number).line()

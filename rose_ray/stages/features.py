@@ -96,21 +96,31 @@ def shard_parts(
         dealt: The rank's batches, by its samples, where several ranks share the model and stay in step.
     """
     runner = BatchRunner(model, layout, settings)
-    columns: list[list[CheckpointPart]] = []
-    for number, checkpoint in enumerate(checkpoints):
-        projections = [space[number].to(model.device) for space in spaces]
-        parts = [CheckpointPart.empty(len(samples), projection) for projection in projections]
-        batches = (
-            runner.run(samples, checkpoint, projections)
-            if dealt is None
-            else runner.run_dealt(samples, dealt, checkpoint, projections)
-        )
-        for indices, directions in batches:
-            for part, features_BD in zip(parts, directions.features, strict=True):
-                part.fill(indices, directions, features_BD)
-        columns.append(parts)
+    # A call a checkpoint: what it moved to the device has left before the next one's is moved there.
+    columns = [
+        _checkpoint_parts(runner, samples, checkpoint, [space[number] for space in spaces], dealt)
+        for number, checkpoint in enumerate(checkpoints)
+    ]
     num_positions = runner.num_positions // max(1, len(checkpoints))
     return ShardParts(columns, runner.too_large, num_positions, runner.num_halvings, runner.max_batch_tokens)
+
+
+def _checkpoint_parts(
+    runner: BatchRunner,
+    samples: Sequence[Sample],
+    checkpoint: Checkpoint,
+    projections: Sequence[Projection],
+    dealt: DealtBatches | None,
+) -> list[CheckpointPart]:
+    moved = [projection.to(runner.device) for projection in projections]
+    parts = [CheckpointPart.empty(len(samples), projection) for projection in moved]
+    batches = (
+        runner.run(samples, checkpoint, moved) if dealt is None else runner.run_dealt(samples, dealt, checkpoint, moved)
+    )
+    for indices, directions in batches:
+        for part, features_BD in zip(parts, directions.features, strict=True):
+            part.fill(indices, directions, features_BD)
+    return parts
 
 
 def assemble(

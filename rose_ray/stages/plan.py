@@ -120,6 +120,7 @@ class Work:
         num_subtasks: By target.
         fraction: The largest share of the pool that is selected.
         held_bytes: What an actor or rank holds in the host's memory for all checkpoints.
+        basis_lines: What the bases of exact targets keep, for people.
         ranks: That share an actor's model.
         base_bytes, largest_bytes: Of the base's parameters, and of the largest one.
     """
@@ -142,6 +143,7 @@ class Work:
     num_subtasks: dict[str, int]
     fraction: float
     held_bytes: int = 0
+    basis_lines: Sequence[str] = ()
     ranks: int = 1
     base_bytes: int = 0
     largest_bytes: int = 0

@@ -26,6 +26,7 @@ def plan_lines(
         yield "no target is scored by gradients: no warm-up, no bank, no features"
         return
     yield from _work_lines(work, num_shards)
+    yield from work.basis_lines
     yield from _size_lines(plan)
     if work.ranks > 1:
         yield from _rank_lines(work)

@@ -17,7 +17,9 @@ from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.errors import DataError, StoreError
+from rose_ray.kernels.aggregation import aggregate_subtasks, subtask_order
 from rose_ray.kernels.influence import checkpoint_weights
+from rose_ray.stages.basis_choice import has_pair_vectors
 from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.score import shard_influences, target_directions
 from rose_ray.stores.features import checkpoint_file, read_shard_features, shard_folder
@@ -259,12 +261,17 @@ def _influence_lines(workspace: Workspace, config: JobConfig, scores: Manifest, 
     stored = read_shard_features(workspace, receipt, names).tables
     place = stored[0]["row_id"].to_pylist().index(row["row_id"])
     influences_CU = shard_influences([table.slice(place, 1) for table in stored], directions, target.normalize)[:, 0]
+    what, labels = "pair", directions[0].names
+    if not has_pair_vectors(workspace, bank):  # its vectors add up to those of the subtasks, and mean nothing alone
+        influences_CU = aggregate_subtasks(influences_CU, directions[0].subtasks)
+        what, labels = "subtask", subtask_order(directions[0].subtasks)
+        yield "  the basis holds one direction a subtask, so single pairs have no influence"
     weights_C = checkpoint_weights(features["mean_learning_rates"])
     heads = [f"{name.removeprefix('checkpoint-'):>9}" for name in names]
-    width = max(len(name) for name in directions[0].names)
-    yield f"  {'pair':<{width}}  {'influence':>9}  at checkpoint {'  '.join(heads)}"
+    width = max(len(name) for name in (*labels, what, "weight"))
+    yield f"  {what:<{width}}  {'influence':>9}  at checkpoint {'  '.join(heads)}"
     yield f"  {'weight':<{width}}  {'':>9}                {'  '.join(f'{w:>9.3f}' for w in weights_C)}"
-    for number, name in enumerate(directions[0].names):
+    for number, name in enumerate(labels):
         values = influences_CU[:, number]
         total = float(np.dot(weights_C, values))
         yield f"  {name:<{width}}  {total:>+9.5f}                {'  '.join(f'{v:>+9.5f}' for v in values)}"

@@ -82,6 +82,10 @@ def test_one_direction_a_subtask_keeps_its_own_objective_s_scores(finished: Fini
     expected = _run(finished, copied, UNPROJECTED)
     for target in ("alpha", "beta"):
         _agree(copied, found, expected, target)
+    assert found.bases["alpha"].facts["keeps"] == "subtasks" and found.bases["alpha"].facts["lost"]
+    decided = _run(finished, copied, ["gradients.projection.kind=exact", "gradients.exact_basis_gib=1e-6"])
+    assert not made_stages(decided.stages) and decided.bases["alpha"].key == found.bases["alpha"].key
+    assert any(event.startswith("basis alpha: one direction a subtask, 2 rows, ") for event in decided.events)
     other = _run(finished, copied, [*reduced, "targets.0.objective=less"])
     assert made_stages(other.stages)[:3] == ["basis alpha", "bank alpha", "features alpha"]
 

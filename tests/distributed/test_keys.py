@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from rose_ray.config.changes import STAGES, recomputed_stages
-from rose_ray.distributed.bank import bank_made_from
+from rose_ray.distributed.bank import _basis_made_from, bank_made_from
 from rose_ray.distributed.checkpoints import _warmup_settings
 from rose_ray.distributed.job import Job
+from rose_ray.distributed.plan import _work
 from rose_ray.model.describe import describe_model
+from rose_ray.stages.plan import PoolTokens
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.manifest import Manifest, artefact_key
 from rose_ray.stores.workspace import Workspace
@@ -32,11 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inputs
 
 
-def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
+def job_of(folder: Path, overrides: list[str]) -> Job:
     config = tiny_job(folder, folder / "workspace", overrides)
     job = Job(Workspace.open(config.workspace, create=True), config)
     vars(job)["identity"] = describe_model(config.model, config.lora)  # asked for here, not on a worker
-    target = config.targets[0]
+    return job
+
+
+def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
+    job = job_of(folder, overrides)
+    target = job.config.targets[0]
     made_from: dict[str, dict[str, Any]] = {
         "warmup": _warmup_settings(job),
         "bank": bank_made_from(job, job.feature_set(WARMUP, target), target, read_target_pairs(target)),
@@ -103,3 +110,38 @@ def test_a_change_recomputes_what_is_said(folder: Path, override: str) -> None:
         assert said == set(STAGES) - {"ingest"}
     else:
         assert said & set(before) == changed
+
+
+def test_a_basis_goes_by_what_it_keeps_and_not_by_how_that_was_decided(folder: Path) -> None:
+    def made_from(*overrides: str) -> dict[str, Any]:
+        job = job_of(folder, ["targets.0.exact=true", *overrides])
+        target = job.config.targets[0]
+        return _basis_made_from(job, WARMUP, target, read_target_pairs(target))
+
+    pairs, subtasks = (made_from(f"gradients.exact_basis={kept}") for kept in ("pairs", "subtasks"))
+    assert pairs["objective"] is None and subtasks["objective"] == ["rose", "exact", 0.1]
+    assert made_from() == pairs and made_from("gradients.exact_basis_gib=1e-6") == subtasks
+    assert made_from("gradients.exact_basis_gib=1e-6", "targets.0.selection.method=round_robin_pairs") == pairs
+    assert made_from("gradients.exact_basis_gib=1e-6", "gradients.exact_basis=pairs") == pairs
+    # Neither the machine nor its neighbours have a say: devices, actors, and what other targets take.
+    assert made_from("ray.gpus_per_actor=0.5", "ray.actors=3", "targets.1.exact=true") == pairs
+
+
+@pytest.mark.parametrize(("gib", "keeps", "num_rows"), [(8, "pairs", 12), (1e-6, "subtasks", 2)])
+def test_a_plan_foretells_the_basis_that_a_run_makes(folder: Path, gib: float, keeps: str, num_rows: int) -> None:
+    job = job_of(folder, ["targets.0.exact=true", f"gradients.exact_basis_gib={gib}"])
+    pairs = {target.name: read_target_pairs(target) for target in job.config.gradient_targets}
+    pool = Manifest("pool", "", {}, [], {}, {"shards": [{"shard": "s", "num_rows": 9, "num_skipped": 0}]}, 0.0, {}, "")
+    work = _work(
+        job, pool, PoolTokens(9, [5] * 9, 0, 0), pairs, {name: [7] * len(each) for name, each in pairs.items()}
+    )
+    choice = job.basis_choice(job.config.targets[0], pairs["alpha"])
+    assert choice.keeps == keeps and list(work.basis_lines) == [choice.line()]
+    assert work.dims["alpha"] == choice.num_rows == num_rows
+    deflated_and_adam = 4 * work.num_parameters * work.num_checkpoints * 4
+    assert work.held_bytes == deflated_and_adam + choice.num_bytes
+
+
+def test_the_bound_of_bases_is_no_part_of_a_batch_s_bound(folder: Path) -> None:
+    files = {job_of(folder, [f"gradients.exact_basis_gib={gib}"]).budget_file(WARMUP) for gib in (1, 2)}
+    assert len(files) == 1

@@ -38,6 +38,7 @@ def test_a_plan_names_the_stages_of_the_run(finished: FinishedJob, tmp_path: Pat
 def test_exact_targets_are_foretold_under_the_names_of_their_stages(finished: FinishedJob, copied: Path) -> None:
     config = tiny_job(finished.inputs, copied, ["targets.1.exact=true"])
     made = plan_job(config, probe_rows=4)
+    assert [line.partition(",")[0] for line in made.work.basis_lines] == ["basis beta: both sides of every pair"]
     assert made.work.spaces == ["", "beta"] and list(made.work.basis_tokens) == ["beta"]
     assert {"basis beta", "bank beta", "features beta", "score beta"} <= set(made.plan.seconds)
     ran = {stage.stage for stage in run_job(config).stages if not stage.reused}

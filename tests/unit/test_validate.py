@@ -14,10 +14,11 @@ from tests.tiny import make_pool_rows, write_jsonl
 from tests.unit.stages.diagnose.stored_job import pair_record
 
 
-def lines_of(folder: Path, base: str, **target: Any) -> list[str]:
-    pairs = write_jsonl(folder / "pairs.jsonl", [pair_record(0), pair_record(1, prompt="long " * 200)])
+def lines_of(folder: Path, base: str, *, prompt: str = "long " * 200, settings: Any = None, **target: Any) -> list[str]:
+    pairs = write_jsonl(folder / "pairs.jsonl", [pair_record(0), pair_record(1, prompt=prompt)])
     pool = write_jsonl(folder / "pool.jsonl", make_pool_rows(2))
     config = {
+        **(settings or {}),
         "workspace": str(folder / "workspace"),
         "model": {"base": base, "max_tokens": 64},
         "pool": {"inputs": [{"files": [str(pool)]}]},
@@ -35,3 +36,21 @@ def test_pairs_that_no_run_tokenises_may_be_long(tmp_path: Path, base_folder: st
 def test_pairs_that_the_model_reads_must_fit(tmp_path: Path, base_folder: str, method: str) -> None:
     with pytest.raises(PairError, match="p1"):
         lines_of(tmp_path, base_folder, method=method)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "told"),
+    [
+        ({}, "basis t: both sides of every pair, 4 rows, 16.0 KiB in an actor: within gradients.exact_basis_gib: 8"),
+        ({"exact_basis_gib": 1e-6}, "basis t: one direction a subtask, 1 rows, "),
+        ({"exact_basis": "subtasks"}, "basis t: one direction a subtask, 1 rows, "),
+    ],
+)
+def test_what_an_exact_basis_will_keep_is_said(
+    tmp_path: Path, base_folder: str, gradients: dict[str, Any], told: str
+) -> None:
+    settings = {"gradients": gradients, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    lines = lines_of(tmp_path, base_folder, prompt="Why?", settings=settings, exact=True)
+    assert any(line.startswith(told) for line in lines)
+    lines = lines_of(tmp_path, base_folder, prompt="Why?", settings=settings)
+    assert not any(line.startswith("basis") for line in lines)

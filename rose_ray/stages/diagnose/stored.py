@@ -17,6 +17,7 @@ from rose_ray.kernels.influence import checkpoint_weights
 from rose_ray.kernels.objectives import PairGradients
 from rose_ray.kernels.pair_draws import PairAtoms
 from rose_ray.stages.bank import pairs_digest
+from rose_ray.stages.basis_choice import has_pair_vectors
 from rose_ray.stages.score import stored_pair_gradients
 from rose_ray.stores.features import checkpoint_file
 from rose_ray.stores.manifest import Manifest, find_manifest
@@ -125,7 +126,7 @@ def find_bank(
         tuple(checkpoint["mean_learning_rate"] for checkpoint in warmup.facts["checkpoints"]),
         tuple(stored_pair_gradients(table) for table in tables),
         tuple(tables[0]["subtask"].to_pylist()),
-        not _has_subtask_basis(workspace, manifest),
+        has_pair_vectors(workspace, manifest),
     )
 
 
@@ -171,11 +172,3 @@ def _warmup_of(workspace: Workspace, bank: Manifest) -> Manifest | str:
     if [each["adapter"] for each in warmup.facts["checkpoints"]] != bank.made_from["space"]["adapters"]:
         return f"{bank.folder} was made with another warm-up than {warmup.folder}"
     return warmup
-
-
-def _has_subtask_basis(workspace: Workspace, bank: Manifest) -> bool:
-    projection = bank.made_from["space"]["projection"]
-    if not projection.startswith("exact/"):
-        return False
-    basis = find_manifest(workspace, f"basis/{projection.rpartition('=')[2]}")
-    return basis is None or basis.made_from["objective"] is not None

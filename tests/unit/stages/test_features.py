@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from rose_ray.errors import ConfigError
 from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import make_projection
 from rose_ray.kernels.quantization import StoredType
+from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import adapter_parameters, layout_of
@@ -155,6 +157,26 @@ def test_only_sgd_does_without_moments(model: ScoringModel, checkpoints: list[Ch
 def test_checkpoints_do_not_leave_traces_in_each_other(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
     first, second = (_features(model, order).tables[0] for order in (checkpoints, checkpoints[::-1]))
     assert first == second[::-1]
+
+
+class _Moved(SpanProjection):
+    """A basis that counts how many of its kind are on the device at once."""
+
+    alive: ClassVar[weakref.WeakSet[_Moved]] = weakref.WeakSet()
+    most: ClassVar[int] = 0
+
+    def to(self, device: torch.device | str) -> _Moved:
+        moved = _Moved(self.basis_JP.clone(), self.digest)
+        _Moved.alive.add(moved)
+        _Moved.most = max(_Moved.most, len(_Moved.alive))
+        return moved
+
+
+def test_one_checkpoint_s_bases_are_on_the_device_at_a_time(model: ScoringModel, checkpoints: list[Checkpoint]) -> None:
+    layout = layout_of(model.module)
+    space = [_Moved(torch.eye(2, layout.num_parameters), "d") for _ in checkpoints]
+    shard_features(model, _tokens(), checkpoints, layout, [space], DirectionSettings("torch", "float32", 64))
+    assert _Moved.most == 1 and not _Moved.alive
 
 
 class _Scarce:

@@ -182,6 +182,14 @@ def test_bases_that_are_missing_are_work_to_do() -> None:
     assert any("exact bases of 1; banks of 2 of 2 targets" in line for line in plan_lines(TOKENS, WORK, None, plan, 3))
 
 
+def test_what_exact_bases_keep_is_said_with_and_without_a_probe() -> None:
+    work = replace(WORK, basis_lines=["basis b: one direction a subtask"])
+    for rates in (None, RATES):
+        assert "basis b: one direction a subtask" in list(
+            plan_lines(TOKENS, work, rates, predict(WORK, TOKENS, rates), 3)
+        )
+
+
 def test_an_actor_holds_weights_and_moments_of_every_checkpoint_and_what_projects_them() -> None:
     assert held_bytes(1000, 4, 0, deflates=False) == 12 * 1000 * 4
     assert held_bytes(1000, 4, 0, deflates=True) == (12 + 4) * 1000 * 4

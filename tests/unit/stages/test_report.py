@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -15,7 +16,7 @@ from rose_ray.schemas import FEATURE_REJECTED, scores_schema
 from rose_ray.stages.pool import read_pool_entry
 from rose_ray.stages.report import explain_lines
 from rose_ray.stores.manifest import Manifest, commit_artefact
-from tests.unit.stages.diagnose.stored_job import StoredJob, pair_record, stored_job
+from tests.unit.stages.diagnose.stored_job import CHECKPOINTS, RATES, SPACE, StoredJob, pair_record, stored_job
 
 
 def two_targets(folder: Path) -> tuple[StoredJob, Manifest, list[str]]:
@@ -89,3 +90,36 @@ def test_a_row_is_named_so_that_it_is_one(tmp_path: Path) -> None:
         list(explain_lines(job.workspace, job.config, ""))
     with pytest.raises(DataError, match="no scored or rejected row begins with 'zz'"):
         list(explain_lines(job.workspace, job.config, "zz"))
+
+
+def test_a_basis_of_subtasks_explains_subtasks(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(n) for n in range(2)], normalize="none", exact=True)
+    basis = commit_artefact(job.workspace, "basis", {"objective": ["rose", "none", 0.1]}, [], {}, {}, started=0.0)
+    space = {**SPACE, "projection": f"exact/v1/basis={basis.key}"}
+    rejected_VD = np.array([[3.0], [-1.0]])  # beside chosen sides of length 0: their mean is 1, at both checkpoints
+    bank = job.add_bank(np.zeros((2, 2, 1)), np.stack([rejected_VD] * 2), tokens=[(1, 1)] * 2, space=space)
+    pool = job.add_pool([{"prompt": "q", "completion": "a"}])
+    job.add_features(pool, np.array([[[0.5]], [[1.0]]]))
+    (entry,) = pool.facts["shards"]
+    row = {"source": "s", "num_tokens": 5, "num_labelled_tokens": 3, "subtask_s": 0.625, "score": 0.625, "rank": 1}
+    row |= {"row_id": read_pool_entry(job.workspace, pool, entry, columns=["row_id"])["row_id"][0].as_py()}
+    row |= {"shard": entry["shard"]}
+    files = [
+        job.workspace.write_table("scores/t/scores.parquet", pa.Table.from_pylist([row], schema=scores_schema(["s"]))),
+        job.workspace.write_table("scores/t/rejected.parquet", FEATURE_REJECTED.empty_table()),
+    ]
+    features = {"key": "f" * 16, "checkpoints": list(CHECKPOINTS), "mean_learning_rates": list(RATES)}
+    facts = {"target": "t", "subtasks": ["s"], "pool": {"folder": pool.folder}, "bank": {"folder": bank.folder}}
+    made_from = {"objective": "rose", "normalize": "none", "aggregation": "max"}
+    counts = {"scored": 1}
+    facts |= {"features": features}
+    scores = commit_artefact(job.workspace, "score", made_from, files, counts, facts, started=0.0, folder="scores/t")
+    job._note("score t", scores)
+    job.finish()
+    lines = list(explain_lines(job.workspace, job.config, row["row_id"]))
+    header = lines.index("  the basis holds one direction a subtask, so single pairs have no influence")
+    assert [line.split() for line in lines[header + 1 :]] == [
+        ["subtask", "influence", "at", "checkpoint", "1", "2"],
+        ["weight", "0.750", "0.250"],
+        ["s", "+0.62500", "+0.50000", "+1.00000"],
+    ]
