@@ -76,12 +76,14 @@ LENGTHS = pa.schema(
 )
 
 
-def shard_scores_schema(width: int) -> pa.Schema:
-    """Schema of a method's scores of one shard. ``width``: columns of the method."""
+def shard_scores_schema(width: int, number: pa.DataType | None = None) -> pa.Schema:
+    """Schema of a method's scores of one shard. ``width``: columns of the method; ``number``: float64 unless given."""
     return pa.schema(
         [
             _column("row_id", pa.string(), "row"),
-            _column("values", pa.list_(pa.float64(), width), "a number a subtask, or a pair, or one; higher is better"),
+            _column(
+                "values", pa.list_(number or pa.float64(), width), "a number a subtask, a pair, or one; or a vector"
+            ),
         ],
         metadata={"table": "shard_scores", "version": "1"},
     )
@@ -176,8 +178,12 @@ PASSED_OVER = pa.schema(
         _column("row_id", pa.string(), "row that was next by its score, and was not selected"),
         _column("source", pa.string(), "source of the row"),
         _column("score", pa.float32(), "as in the selection"),
-        _column("reason", pa.string(), "near_duplicate or contaminated"),
-        _column("match", pa.string(), "row_id of the selected row it resembles, or the test item whose text it holds"),
+        _column("reason", pa.string(), "near_duplicate, contaminated, too_similar or no_vector"),
+        _column(
+            "match",
+            pa.string(),
+            "row_id of the selected row it resembles, the test item whose text it holds, or nothing",
+        ),
     ],
     metadata={"table": "passed_over", "version": "1"},
 )

@@ -211,3 +211,17 @@ def rows_of(kept: Mapping[str, Tensor]) -> Tensor:
 def lora_settings(lora: Any) -> dict[str, Any]:
     """Arguments of `peft_model` for a configured adapter."""
     return {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.target_modules}
+
+
+def greedy_diverse_rows(units: np.ndarray, max_cosine: float) -> tuple[list[int], dict[int, int]]:
+    """Rows kept in order while no cosine with a kept one is above a bound; of others, the first that is too near."""
+    rows = [row.astype(np.float64) for row in units]
+    kept: list[int] = []
+    refused: dict[int, int] = {}
+    for place, row in enumerate(rows):
+        near = [other for other in kept if float(row @ rows[other]) > max_cosine]
+        if near:
+            refused[place] = near[0]
+        else:
+            kept.append(place)
+    return kept, refused

@@ -1,4 +1,4 @@
-"""What is passed over while selecting: near-duplicates of better rows, and rows that hold test text."""
+"""What is passed over while selecting: near-duplicates of better rows, rows like them, and rows that hold test text."""
 
 from __future__ import annotations
 
@@ -31,6 +31,23 @@ class NearDuplicates(Strict):
     def similarity(self) -> float:
         """The threshold that was set, or the default."""
         return 0.8 if self.threshold is None else self.threshold
+
+
+RowVectors = Literal["rds", "rds_plus", "gradients"]
+"""What rows are compared by."""
+
+
+class Diversity(Strict):
+    """A row is selected only while it is unlike every row selected before it."""
+
+    max_cosine: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="Largest cosine that a row's vector may have with that of a row selected before it; DEITA took 0.9."
+    )
+    vectors: RowVectors = Field(
+        "rds",
+        description="States of the base model, a forward pass for every row of the pool: of the last token (rds) or "
+        "the weighted mean of all (rds_plus). Or gradients: a gradient target's features at its last checkpoint.",
+    )
 
 
 class Decontaminate(Strict):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rose_ray.config.cleaning import RowVectors
 from rose_ray.config.cluster import RayConfig
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.gradients import GradientConfig
 from rose_ray.config.lease import LeaseConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.pool import PoolConfig
-from rose_ray.config.selection import TrainingSetConfig
+from rose_ray.config.selection import SelectionConfig, TrainingSetConfig
 from rose_ray.config.strict import Strict
 from rose_ray.config.target import TargetConfig
 from rose_ray.config.warmup import WarmupConfig
@@ -73,6 +75,14 @@ class JobConfig(Strict):
             )
         if self.ray.ranks_per_actor > 1 and self.gradients.packing:
             raise ValueError("gradients.packing is not open to ranks that share a model: set ray.ranks_per_actor: 1")
+        for key, selection, target in self._selections():
+            if selection.diversity is None or selection.diversity.vectors != "gradients":
+                continue
+            if not target.uses_gradients:
+                raise ValueError(
+                    f"{key}.diversity.vectors: target {target.name} is scored by {target.method}, which computes no "
+                    "gradients: set rds or rds_plus"
+                )
         for target in self.targets:
             if target.gist is not None and self.gradients.exact_basis == "subtasks":
                 raise ValueError(
@@ -89,6 +99,21 @@ class JobConfig(Strict):
                     f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
                 )
         return self
+
+    def _selections(self) -> Iterator[tuple[str, SelectionConfig, TargetConfig]]:
+        """Every selection, the key that it stands under, and its first target."""
+        for number, target in enumerate(self.targets):
+            yield f"targets.{number}.selection", target.selection, target
+        if self.training_set is not None:
+            first = (self.training_set.targets or [self.targets[0].name])[0]
+            named = next(target for target in self.targets if target.name == first)
+            yield "training_set.selection", self.training_set.selection, named
+
+    @property
+    def row_states(self) -> list[RowVectors]:
+        """The states of the base model that selections compare rows by."""
+        wanted = {selection.diversity.vectors for _, selection, _ in self._selections() if selection.diversity}
+        return sorted(wanted - {"gradients"})
 
     def is_exact(self, target: TargetConfig) -> bool:
         """Whether a target is scored by exact inner products."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rose_ray.config.cleaning import Decontaminate, NearDuplicates
+from rose_ray.config.cleaning import Decontaminate, Diversity, NearDuplicates
 from rose_ray.config.strict import Fraction, Name, Strict
 
 
@@ -32,6 +32,9 @@ class SelectionConfig(Strict):
     decontaminate: Decontaminate | None = Field(
         None, description="Pass over rows that hold test text; docs/clean-selections.md."
     )
+    diversity: Diversity | None = Field(
+        None, description="Pass over rows whose vectors point where a better one's does; docs/clean-selections.md."
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectionConfig:
@@ -43,14 +46,9 @@ class SelectionConfig(Strict):
             raise ValueError(f"sources {both} are both included and excluded")
         return self
 
-    @property
-    def is_cleaned(self) -> bool:
-        """Whether rows are passed over for their text."""
-        return self.near_duplicates is not None or self.decontaminate is not None
-
     def identity(self) -> dict[str, Any]:
-        """Return what a selection depends on, besides files: settings, without those that clean where unset."""
-        unset = {name for name in ("near_duplicates", "decontaminate") if getattr(self, name) is None}
+        """Return what a selection depends on, besides files: settings, less those unset that pass rows over."""
+        unset = {name for name in ("near_duplicates", "decontaminate", "diversity") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=unset)
 
     @property

@@ -19,6 +19,7 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.actors import device_of
 from rose_ray.distributed.job import Job, RunResult
 from rose_ray.distributed.judging import judge_all
+from rose_ray.distributed.methods import vector_source
 from rose_ray.distributed.resources import granted_resources
 from rose_ray.distributed.run import run_job
 from rose_ray.distributed.session import ray_session, root_cause, unwrapped_errors
@@ -46,6 +47,7 @@ from rose_ray.filesystem import locate
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.clean import ContaminationSources, contamination_sources
+from rose_ray.stages.row_vectors import VectorSource
 from rose_ray.stages.select import SELECT_VERSION
 from rose_ray.stages.target_pairs import read_target_pairs
 from rose_ray.stores.lease import opened
@@ -258,7 +260,9 @@ def _selected(evaluation: Evaluation, arm: str, size: int) -> Any:
     selection = selection_of_size(target.selection, size)
     bench = evaluation.bench
     sources = contamination_sources(selection, bench.pairs[arm])
-    arguments = (bench.workspace, bench.pool, evaluation.scores[arm], arm, selection, sources)
+    scores = evaluation.scores[arm]
+    vectors = vector_source(evaluation.job, bench.pool, selection, scores)
+    arguments = (bench.workspace, bench.pool, scores, arm, selection, sources, vectors)
     return evaluation.job.task(selected_row_ids, *arguments)
 
 
@@ -269,6 +273,7 @@ def selected_row_ids(
     arm: str,
     selection: SelectionConfig,
     sources: ContaminationSources | None,
+    vectors: VectorSource | None,
 ) -> list[str]:
     """Select as `run` does, under ``evaluation/selections``, and return the row ids in order of choice."""
     made_from: dict[str, Any] = {
@@ -280,9 +285,11 @@ def selected_row_ids(
     }
     if sources is not None:
         made_from["test_text"] = sources.identity()
+    if vectors is not None:
+        made_from["vectors"] = vectors.identity()
     folder = f"evaluation/selections/{arm}/{artefact_key(made_from)}"
     found = find_manifest(workspace, folder)
-    chosen = found or select_target(workspace, pool, [scores], arm, selection, made_from, folder, sources)
+    chosen = found or select_target(workspace, pool, [scores], arm, selection, made_from, folder, sources, vectors)
     record = chosen.file(SELECTED_FILE)
     row_ids: list[str] = workspace.read_table(record.path, record, columns=["row_id"])["row_id"].to_pylist()
     return row_ids

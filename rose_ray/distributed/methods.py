@@ -14,7 +14,9 @@ from typing import Any
 
 import ray
 
+from rose_ray.config.cleaning import RowVectors
 from rose_ray.config.job import JobConfig
+from rose_ray.config.selection import SelectionConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.bank import BANK_BATCH_TOKENS
@@ -27,10 +29,12 @@ from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError, ConfigError, DataError
 from rose_ray.methods import shards as steps
 from rose_ray.methods.interface import Method, Target
+from rose_ray.methods.rds import POOLING, RowStates
 from rose_ray.methods.registry import method_of
 from rose_ray.methods.shards import MethodRun
 from rose_ray.methods.table import make_table, table_folder
 from rose_ray.stages.pool import skipped_rows
+from rose_ray.stages.row_vectors import VectorSource, gradient_vectors
 from rose_ray.stores.manifest import Manifest, find_manifest
 from rose_ray.stores.read_ahead import looked_up
 from rose_ray.stores.runs import StageRecord
@@ -112,6 +116,45 @@ def score_by_methods(
         _score_target(view, target, run, model, warmup if method.needs.warmup else None)
 
 
+def make_row_states(job: Job, pool: Manifest) -> None:
+    """Find or make the states of the base model that selections compare rows by, for every row of the pool."""
+    if not job.config.row_states:
+        return
+    view = _Pool(job, pool)
+    _count_tokens(view, steps.lengths_key(job.text, job.config.model.max_tokens))
+    for vectors in job.config.row_states:
+        run, started = _states_run(job, pool, vectors), time.monotonic()
+        if find_manifest(job.workspace, run.state_folder) is None:  # an empty one: there is nothing to prepare
+            state = ray.get(job.task(steps.make_state, job.workspace, view.reference, run, None))
+            job.note(f"prepare {run.target.name}", state, started, reused=False)
+        _score(view, run.target.name, run, None)
+
+
+def vector_source(job: Job, pool: Manifest, selection: SelectionConfig, scores: Manifest) -> VectorSource | None:
+    """Return where the vectors of a selection's ``diversity`` lie; None where it does not ask for any.
+
+    Args:
+        job: Its model gives states.
+        pool: Rows wanted.
+        selection: Says which.
+        scores: Of the target, or of the first of a set.
+    """
+    if selection.diversity is None:
+        return None
+    if selection.diversity.vectors == "gradients":
+        return gradient_vectors(scores)
+    run = _states_run(job, pool, selection.diversity.vectors)
+    made_of = (f"{LENGTHS}/{run.lengths_key}", run.state_folder, f"{SHARD_SCORES}/{run.key}")
+    return VectorSource(SHARD_SCORES, run.key, steps.SCORES_FILE, made_of)
+
+
+def _states_run(job: Job, pool: Manifest, vectors: RowVectors) -> MethodRun:
+    method, told = RowStates(POOLING[vectors]), Target(f"states {vectors}", ())
+    lengths = steps.lengths_key(job.text, job.config.model.max_tokens)
+    content = steps.method_content(method, "row_states", told, lengths, _model_content(job, method, None))
+    return MethodRun(method, told, content, lengths, pool.key)
+
+
 def check_methods(config: JobConfig) -> None:
     """Refuse what the methods of a job cannot have, before anything is computed.
 
@@ -124,6 +167,11 @@ def check_methods(config: JobConfig) -> None:
                 f"target {target.name}: method {target.method} needs the model whole in one actor, but "
                 f"ray.ranks_per_actor is {config.ray.ranks_per_actor}: set it to 1, or leave the target out."
             )
+    if config.row_states and config.ray.ranks_per_actor > 1:
+        raise ConfigError(
+            f"selection.diversity.vectors: {config.row_states[0]} needs the model whole in one actor, but "
+            f"ray.ranks_per_actor is {config.ray.ranks_per_actor}: set it to 1, or compare rows by gradients."
+        )
 
 
 def _model_content(job: Job, method: Method[Any], warmup: Manifest | None) -> dict[str, Any]:
@@ -168,9 +216,9 @@ def _score_target(
     if table is None:
         if find_manifest(job.workspace, run.state_folder) is None:
             if run.method.needs.pool_statistics:
-                _survey(view, target, run)
-            _prepare(view, target, run, warmup)
-        _score(view, target, run, warmup)
+                _survey(view, target.name, run)
+            _prepare(view, target.name, run, warmup)
+        _score(view, target.name, run, warmup)
         told = {**model, **({"warmup": warmup.folder} if warmup is not None else {})}
         started = time.monotonic()
         table = ray.get(job.task(make_table, job.workspace, view.reference, run, target, told))
@@ -179,24 +227,24 @@ def _score_target(
     job.note(f"score {target.name}", table, started, reused=reused)
 
 
-def _survey(view: _Pool, target: TargetConfig, run: MethodRun) -> None:
+def _survey(view: _Pool, name: str, run: MethodRun) -> None:
     started, job = time.monotonic(), view.job
     missing = view.missing(SURVEYS, run.survey_key)
 
     def start(shard: str) -> Any:
         return job.task(steps.survey_shard, job.workspace, view.reference, shard, view.skipped.get(shard, []), run)
 
-    stage = f"survey {target.name}"
+    stage = f"survey {name}"
     _each_shard(view, stage, missing, start)
     _record(view, stage, SURVEYS, run.survey_key, missing, started)
 
 
-def _prepare(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest | None) -> None:
+def _prepare(view: _Pool, name: str, run: MethodRun, warmup: Manifest | None) -> None:
     started, job = time.monotonic(), view.job
     if run.method.needs.any_model:
         from rose_ray.distributed.method_actor import MethodActor
 
-        who = f"workers that prepare {target.name}"
+        who = f"workers that prepare {name}"
         with called_roll(1, job.result.events, who) as roll:
             spec = replace(_spec(job, warmup), roll=roll)
             actor = job.actor(MethodActor, spec, view.reference, run, restarts=ENDLESS)
@@ -206,11 +254,11 @@ def _prepare(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest
                 ray.kill(actor)
     else:
         state = ray.get(job.task(steps.make_state, job.workspace, view.reference, run, None))
-    job.note(f"prepare {target.name}", state, started, reused=False)
+    job.note(f"prepare {name}", state, started, reused=False)
 
 
-def _score(view: _Pool, target: TargetConfig, run: MethodRun, warmup: Manifest | None) -> None:
-    started, job, stage = time.monotonic(), view.job, f"method {target.name}"
+def _score(view: _Pool, name: str, run: MethodRun, warmup: Manifest | None) -> None:
+    started, job, stage = time.monotonic(), view.job, f"method {name}"
     missing = view.missing(SHARD_SCORES, run.key)
     if missing and run.method.needs.any_model:
         _score_with_model(view, stage, run, missing, warmup)

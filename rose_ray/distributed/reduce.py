@@ -12,6 +12,7 @@ import ray
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.distributed.job import Job
+from rose_ray.distributed.methods import vector_source
 from rose_ray.distributed.progress import shown_progress
 from rose_ray.distributed.tasks import ScorePlan, score_targets, select_target
 from rose_ray.stages.clean import contamination_sources
@@ -121,11 +122,14 @@ def _select(
     sources = contamination_sources(selection, [pair for target in targets for pair in pairs[target]])
     if sources is not None:
         made_from["test_text"] = sources.identity()
+    vectors = vector_source(job, pool, selection, scores[0])
+    if vectors is not None:
+        made_from["vectors"] = vectors.identity()
     folder = f"selections/{name}/{artefact_key(made_from)}"
     chosen = find_manifest(job.workspace, folder)
     reused = chosen is not None
     if chosen is None:
-        arguments = (job.workspace, pool, scores, name, selection, made_from, folder, sources)
+        arguments = (job.workspace, pool, scores, name, selection, made_from, folder, sources, vectors)
         chosen = ray.get(job.task(select_target, *arguments))
     assert chosen is not None
     before = latest_version(job.workspace, name)

@@ -17,7 +17,7 @@ from rose_ray.distributed.checkpoints import pin_warmup, warm_up
 from rose_ray.distributed.features import make_features, missing_features
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job, RunResult
-from rose_ray.distributed.methods import check_methods, score_by_methods
+from rose_ray.distributed.methods import check_methods, make_row_states, score_by_methods
 from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import NodeLosses, granted_resources, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
@@ -136,6 +136,8 @@ def _run(
         _make_features(job, pool, warmup, pairs, stages)
     if "score" in stages:
         score_by_methods(job, pool, warmup, pairs, with_model=True)
+    if "select" in stages:
+        make_row_states(job, pool)
     _tell_losses(job, losses)  # before idle nodes may go, which is no loss
     losses.idle_may_go = release_resources(job.config)
     if "score" in stages:

@@ -17,9 +17,12 @@ from rose_ray.config.target import TargetConfig
 from rose_ray.errors import AccountingError
 from rose_ray.schemas import FEATURE_REJECTED, SELECTED
 from rose_ray.stages.candidates import Scores, choose, joint_candidates, target_candidates
-from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate, passed_over
+from rose_ray.stages.clean import ContaminationSources, ReadTexts, clean_gate
+from rose_ray.stages.diversity import DiversityGate
+from rose_ray.stages.gates import JoinedGate, TellingGate, passed_over
 from rose_ray.stages.gist import SpanScorer
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
+from rose_ray.stages.row_vectors import VectorSource, vector_reader
 from rose_ray.stages.score import RowScorer, ShardRows, TargetScorer, check_same_space, score_shards
 from rose_ray.stages.score_table import ScoreTable
 from rose_ray.stages.select import (
@@ -153,6 +156,7 @@ def select_target(
     made_from: dict[str, Any],
     folder: str,
     sources: ContaminationSources | None = None,
+    vectors: VectorSource | None = None,
 ) -> Manifest:
     """Select from one target's score table, or from several, and commit the training set.
 
@@ -164,6 +168,7 @@ def select_target(
         selection: Budget, method, source rules.
         made_from, folder: Of the artefact.
         sources: Test text for ``selection.decontaminate``.
+        vectors: Where those of ``selection.diversity`` lie.
     """
     started = time.monotonic()
     opened = {m.facts["target"]: Scores(workspace.open_table(r.path, r)) for m in scores for r in [m.file(SCORES_FILE)]}
@@ -173,7 +178,7 @@ def select_target(
         if isinstance(selection, JointSelectionConfig)
         else target_candidates(first, facts["subtasks"], pool.counts["unique"], facts.get("pairs", ()))
     )
-    gate = clean_gate(selection, sources, _texts(workspace, pool, first))
+    gate = _gate(workspace, pool, first, selection, sources, vectors)
     positions = choose(candidates, selection, gate)
     columns = [column for column in CORRELATED_COLUMNS if "method" not in scores[0].facts or column in OF_TOKENS]
     further = {column: functools.partial(first.numbers, column) for column in columns}
@@ -187,11 +192,32 @@ def select_target(
     counts = {"scored": summary["num_scored"], "selected": summary["num_selected"], "tokens": summary["num_tokens"]}
     if gate is not None:
         refused, summary["cleaning"] = passed_over(candidates, gate, positions)
-        counts |= {name: summary["cleaning"][name] for name in ("selectable", "near_duplicates", "contaminated")}
+        counts |= {name: summary["cleaning"][name] for name in ("selectable", *gate.counted.values())}
         files.append(workspace.write_table(f"{folder}/{PASSED_OVER_FILE}", refused))
     files.append(workspace.write_json(f"{folder}/{SUMMARY_FILE}", summary))
     made = {"summary": summary, "scores": [m.folder for m in scores], "selection": selection.model_dump()}
+    if vectors is not None:
+        made["made_of"] = list(vectors.made_of)
     return commit_artefact(workspace, "select", made_from, files, counts, made, started=started, folder=folder)
+
+
+def _gate(
+    workspace: Workspace,
+    pool: Manifest,
+    scores: Scores,
+    selection: SelectionConfig,
+    sources: ContaminationSources | None,
+    vectors: VectorSource | None,
+) -> JoinedGate | None:
+    gates: list[TellingGate] = []
+    clean = clean_gate(selection, sources, _texts(workspace, pool, scores))
+    if clean is not None:
+        gates.append(clean)
+    if selection.diversity is not None:
+        assert vectors is not None
+        reader = vector_reader(workspace, pool, scores, vectors)
+        gates.append(DiversityGate(reader, selection.diversity.max_cosine))
+    return JoinedGate(gates) if gates else None
 
 
 def _texts(workspace: Workspace, pool: Manifest, scores: Scores) -> ReadTexts:

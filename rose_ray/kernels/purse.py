@@ -160,7 +160,7 @@ class Purse:
         """
         spent = int(self.costs_N[chosen].sum())
         if ran_out and spent < self.limit:
-            refused = f" after {num_refused} near-duplicates or contaminated rows" if num_refused else ""
+            refused = f" after {num_refused} rows were passed over" if num_refused else ""
             raise ConfigError(
                 f"the budget asks for {self.limit} {self.unit}, but only {spent} can be selected: the pool "
                 f"has {len(self.costs_N)} rows, {int(self.eligible_N.sum())} in allowed sources, and quotas "

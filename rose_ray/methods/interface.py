@@ -149,7 +149,8 @@ class Method(Generic[Options]):
         survey_reads_pairs: Whether `survey` looks at the target's pairs; where not, targets share its results.
         columns: What the columns of `Scored.values` are. ``subtasks``; ``pairs``, of which the run takes the mean in
             each subtask, with columns of their own where pairs take turns at selection; or ``one``, for a method that
-            knows no subtasks: its score table has one column, under the target's name.
+            knows no subtasks: its score table has one column, under the target's name. ``vector`` is what rose_ray
+            itself compares rows by: numbers of a row's vector, of which there is no score table.
         needs: What the run has to provide. An instance may set ``columns`` and ``needs`` of its own in ``__init__``,
             where options decide.
 

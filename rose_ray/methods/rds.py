@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from rose_ray.config.method import Needs, NoOptions
 from rose_ray.kernels.pooling import Pooling
 from rose_ray.methods.answers import chosen_answers
 from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Scored, Target
+from rose_ray.stages.forwards import unit_embeddings
 from rose_ray.stages.rds import embedding_cosines, query_embeddings
 
 
@@ -45,3 +47,35 @@ class Rds(RdsPlus):
     """Cosine of the last tokens' hidden states."""
 
     pooling = "last_token"
+
+
+class RowStates(Method[NoOptions]):
+    """The states themselves, of length 1: no score, but what `selection.diversity` compares rows by.
+
+    Args:
+        pooling: Which.
+    """
+
+    options_model = NoOptions
+    columns = "vector"
+    needs = Needs(model=True)
+
+    def __init__(self, pooling: Pooling) -> None:
+        super().__init__(NoOptions())
+        self._pooling: Pooling = pooling
+
+    def content(self) -> Mapping[str, Any]:
+        """Which states."""
+        return {"pooling": self._pooling}
+
+    def score(self, rows: PoolRows, state: Arrays, model: MethodModel | None) -> Scored:
+        """Return states [N, H]."""
+        assert model is not None
+        samples = rows.samples(model.tokeniser)
+        with model.scoring.without_adapter():
+            found = unit_embeddings(model.scoring, samples, self._pooling, max_batch_tokens=model.max_batch_tokens)
+        return Scored(found.values_NU, found.rejected)
+
+
+POOLING: Mapping[str, Pooling] = {"rds": Rds.pooling, "rds_plus": RdsPlus.pooling}
+"""Pooling of the states by the method that compares them with pairs."""

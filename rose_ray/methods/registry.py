@@ -51,6 +51,8 @@ def needs_of(config: JobConfig) -> Needs:
     needs = [method.needs for method in methods_of(config).values()]
     if config.gradient_targets:
         needs.append(Needs(pairs=True, model=True, adapter=True, warmup=True))
+    if config.row_states:
+        needs.append(Needs(model=True))
     return Needs(**{field.name: any(getattr(each, field.name) for each in needs) for field in fields(Needs)})
 
 

@@ -212,17 +212,19 @@ def score_shard(
     """
     started = time.monotonic()
     rows = pool_rows(workspace, pool, shard, skipped, run.lengths_key)
-    width = run.num_columns
-    scored = run.method.score(rows, state, model) if len(rows) else Scored(np.zeros((0, width)))
+    is_vector = run.method.columns == "vector"
+    scored = run.method.score(rows, state, model) if len(rows) else Scored(np.zeros((0, run.num_columns)))
+    width = scored.values.shape[1] if is_vector else run.num_columns
     _check(scored, rows, width, f"method {type(run.method).__name__}, shard {shard}")
     kept = [place for place in range(len(rows)) if place not in scored.rejected]
-    values = np.ascontiguousarray(scored.values[kept], dtype=np.float64)
+    number = pa.float32() if is_vector else pa.float64()
+    values = np.ascontiguousarray(scored.values[kept], dtype=number.to_pandas_dtype())
     table = pa.Table.from_arrays(
         [
             pa.array([rows.row_ids[place] for place in kept], pa.string()),
             pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width),
         ],
-        schema=shard_scores_schema(width),
+        schema=shard_scores_schema(width, number),
     )
     rejected = [
         {"row_id": rows.row_ids[place], "reason": reason, "detail": detail}

@@ -7,13 +7,12 @@ Contamination is found first: a contaminated row is no reason to pass over anoth
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from rose_ray.config.cleaning import Decontaminate, NearDuplicates
 from rose_ray.config.job import JobConfig
@@ -24,12 +23,9 @@ from rose_ray.data.near_duplicates import EqualWords, NearDuplicateFinder, Simil
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.records import file_digest
 from rose_ray.data.test_items import read_test_items
-from rose_ray.errors import AccountingError
 from rose_ray.filesystem import Location, expand
 from rose_ray.kernels.ranking import Positions
-from rose_ray.kernels.selection import Gate
-from rose_ray.schemas import PASSED_OVER
-from rose_ray.stages.candidates import Candidates
+from rose_ray.stages.gates import Refused, TellingGate
 from rose_ray.stages.held_out import check_held_out
 
 NEAR_DUPLICATE, CONTAMINATED = "near_duplicate", "contaminated"
@@ -38,13 +34,7 @@ ReadTexts = Callable[[Positions], Iterable[tuple[int, str]]]
 """Gives the conversations, as canonical JSON, of rows at positions that ascend, in any order."""
 
 
-@dataclass(frozen=True)
-class _Refused:
-    reason: str
-    match: str | int  # of test text its name, of a near-duplicate the position of the row that was kept
-
-
-class CleanGate(Gate):
+class CleanGate(TellingGate):
     """Lets rows through that are neither contaminated nor near-duplicates of rows that were chosen.
 
     Args:
@@ -53,11 +43,13 @@ class CleanGate(Gate):
         finder: Finds near-duplicates; None for no check.
     """
 
+    counted = MappingProxyType({NEAR_DUPLICATE: "near_duplicates", CONTAMINATED: "contaminated"})
+
     def __init__(self, read: ReadTexts, test_text: KnownTestText | None, finder: NearDuplicateFinder | None) -> None:
         self._read, self._test_text, self._finder = read, test_text, finder
         self._contaminated: dict[int, str] = {}
         self._signatures: dict[int, Any] = {}
-        self.refused: dict[int, _Refused] = {}
+        self.refused = {}
 
     def restart(self) -> None:
         """Forget what was taken and refused; what rows hold stays known."""
@@ -83,22 +75,17 @@ class CleanGate(Gate):
     def admits(self, position: int) -> bool:
         """Whether the row is clean, and resembles no row that was taken."""
         if position in self._contaminated:
-            self.refused[position] = _Refused(CONTAMINATED, self._contaminated[position])
+            self.refused[position] = Refused(CONTAMINATED, self._contaminated[position])
             return False
         kept = None if self._finder is None else self._finder.find(self._signatures[position])
         if kept is not None:
-            self.refused[position] = _Refused(NEAR_DUPLICATE, kept)
+            self.refused[position] = Refused(NEAR_DUPLICATE, kept)
         return kept is None
 
     def take(self, position: int) -> None:
         """Learn that a row was chosen."""
         if self._finder is not None:
             self._finder.keep(position, self._signatures[position])
-
-    @property
-    def num_refused(self) -> int:
-        """Rows passed over since the last restart."""
-        return len(self.refused)
 
     @property
     def num_known(self) -> int:
@@ -195,56 +182,3 @@ def check_test_text(config: JobConfig) -> None:
                 check_held_out(target, locations, key=f"{key}.decontaminate.files", splits=splits)
         for _ in read_test_items(locations, fields=settings.fields, split=settings.split):
             pass
-
-
-def passed_over(candidates: Candidates, gate: CleanGate, chosen: Positions) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the rows that a gate refused, schema ``PASSED_OVER``, and their counts.
-
-    Args:
-        candidates: What was chosen from.
-        gate: After choosing.
-        chosen: Positions of the selected rows.
-
-    Returns:
-        The rows by source and score, and: ``scored``, ``selectable``, ``near_duplicates``, ``contaminated`` (the first
-        is the sum of the others), ``looked_at`` (rows whose text was read), ``sources`` (both counts by source).
-
-    Raises:
-        AccountingError: A row was both selected and passed over.
-    """
-    positions = np.array(sorted(gate.refused), dtype=np.int64)
-    if np.isin(positions, chosen).any():
-        raise AccountingError("a row was selected and passed over. This is a bug; please report it.")
-    kept = sorted({each.match for each in gate.refused.values() if isinstance(each.match, int)})
-    kept_ids = candidates.scores.rows(np.array(kept, dtype=np.int64), ["row_id"])["row_id"].to_pylist()
-    id_of = dict(zip(kept, kept_ids, strict=True))
-    refused = [gate.refused[position] for position in positions.tolist()]
-    rows = candidates.scores.rows(positions, ["row_id", "source"])
-    columns = {
-        "score": candidates.score()[positions],
-        "reason": [each.reason for each in refused],
-        "match": [id_of[each.match] if isinstance(each.match, int) else each.match for each in refused],
-    }
-    for name, column in columns.items():
-        rows = rows.append_column(name, pa.array(column, PASSED_OVER.field(name).type))
-    table = rows.select(PASSED_OVER.names).cast(PASSED_OVER)
-    table = table.sort_by([("source", "ascending"), ("score", "descending"), ("row_id", "ascending")])
-    return table, _counts(candidates.scores.num_rows, table, gate.num_known)
-
-
-def _counts(num_scored: int, table: pa.Table, num_known: int) -> dict[str, Any]:
-    by_source: dict[str, dict[str, int]] = {}
-    totals: Counter[str] = Counter()
-    for source, reason in zip(table["source"].to_pylist(), table["reason"].to_pylist(), strict=True):
-        own = by_source.setdefault(source, {"near_duplicates": 0, "contaminated": 0})
-        name = "near_duplicates" if reason == NEAR_DUPLICATE else "contaminated"
-        own[name] += 1
-        totals[name] += 1
-    return {
-        "scored": num_scored,
-        "selectable": num_scored - table.num_rows,
-        "looked_at": num_known,
-        "near_duplicates": totals["near_duplicates"],
-        "contaminated": totals["contaminated"],
-        "sources": by_source,
-    }

@@ -30,6 +30,14 @@ from rose_ray.stores.plans import find_plan
 from rose_ray.stores.runs import RUNNING, StageRecord, last_ended_run, last_run, last_stage
 from rose_ray.stores.workspace import Workspace
 
+_PASSED_OVER = {
+    "near_duplicates": "near-duplicates",
+    "contaminated": "contaminated",
+    "too_similar": "too similar",
+    "without_vector": "without a vector",
+}
+"""Counts of rows that a selection passed over, as people read them."""
+
 
 def result_lines(
     stages: Sequence[StageRecord], selections: Mapping[str, Manifest], events: Sequence[str] = ()
@@ -73,10 +81,8 @@ def selection_lines(name: str, selection: Manifest) -> Iterator[str]:
     )
     cleaning = summary.get("cleaning")
     if cleaning is not None:
-        yield (
-            f"  passed over: {cleaning['near_duplicates']:,} near-duplicates and {cleaning['contaminated']:,} "
-            f"contaminated rows; texts of {cleaning['looked_at']:,} rows were looked at"
-        )
+        counts = [f"{cleaning[name]:,} {called}" for name, called in _PASSED_OVER.items() if name in cleaning]
+        yield f"  passed over: {', '.join(counts)}; {cleaning['looked_at']:,} rows were looked at"
     for warning in summary["warnings"]:
         yield f"  warning: {warning}"
     further = ", passed_over.parquet" if cleaning is not None else ""

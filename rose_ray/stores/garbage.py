@@ -140,7 +140,7 @@ def _is_of_shards(folder: str) -> bool:
 def _made_from(manifest: Manifest) -> list[str]:
     facts = manifest.facts
     if manifest.stage == "select":
-        return list(facts["scores"])
+        return [*facts["scores"], *facts.get("made_of", ())]
     if manifest.stage == "score" and "method" in facts:
         return [*facts["made_of"], facts["pool"]["folder"]]
     if manifest.stage == "score":

@@ -156,13 +156,11 @@ def test_against_the_whole_pool_in_memory(
     assert sum(own["near_duplicates"] for own in by_source.values()) == made.counts["near_duplicates"]
     assert {row["match"] for row in over.to_pylist() if row["reason"] == "contaminated"} <= {f"{test} row 1"}
     text = "\n".join(selection_lines("t", made))
-    assert (
-        f"passed over: {made.counts['near_duplicates']} near-duplicates and " in text and "passed_over.parquet" in text
-    )
+    assert f"passed over: {made.counts['near_duplicates']} near-duplicates, " in text and "passed_over.parquet" in text
 
 
 def test_a_budget_that_clean_rows_cannot_fill(tmp_path: Path, pool: tuple[Workspace, Manifest]) -> None:
     workspace, settled = pool
     selection = SelectionConfig.model_validate({"count": 80, "near_duplicates": {"method": "exact"}})
-    with pytest.raises(ConfigError, match=r"asks for 80 rows, but only \d+ can .* after \d+ near-duplicates"):
+    with pytest.raises(ConfigError, match=r"asks for 80 rows, but only \d+ can .* after \d+ rows were passed over"):
         select_target(workspace, settled, [scores(workspace, settled)], "t", selection, {}, "selections/t/k")

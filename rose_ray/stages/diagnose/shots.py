@@ -132,7 +132,7 @@ class ShotsReport:
         alone: Shots that are their subtask's only one, and cannot be left out.
         flips: By share.
         skipped_draws: Draws whose pairs cancel each other.
-        not_applied: Keys of the target's ``selection`` that need the rows' texts, and were left aside.
+        not_applied: Keys of the target's ``selection`` that need rows' texts or vectors, and were left aside.
     """
 
     target: str
@@ -185,12 +185,12 @@ def shots_report(scores: PoolScores, shots: Sequence[Shot], settings: DrawSettin
         alone=tuple(shot.name for shot in runner.names if counts[shot.subtask] == 1),
         flips=tuple(runner.flips()),
         skipped_draws=runner.num_skipped,
-        not_applied=tuple(_of_texts(scores.target.selection)),
+        not_applied=tuple(_gates(scores.target.selection)),
     )
 
 
-def _of_texts(selection: SelectionConfig) -> Iterator[str]:
-    return (name for name in ("near_duplicates", "decontaminate") if getattr(selection, name) is not None)
+def _gates(selection: SelectionConfig) -> Iterator[str]:
+    return (name for name in ("near_duplicates", "decontaminate", "diversity") if getattr(selection, name) is not None)
 
 
 def stable_shots(curve: Sequence[ShotPoint], threshold: float) -> int | None:
@@ -284,7 +284,7 @@ def shots_lines(report: ShotsReport) -> Iterator[str]:
     )
     if report.not_applied:
         keys = " and ".join(f"selection.{name}" for name in report.not_applied)
-        yield f"{keys} left aside: no row is passed over for its text here, so a run selects other rows"
+        yield f"{keys} left aside: no row is passed over for what it holds here, so a run selects other rows"
     yield f"mean [{LEVEL:.0%} of {settings.num_draws} draws] of the selection's Jaccard index and the scores' Spearman"
     yield f"  {'shots':>5}  {'Jaccard with all':<19}  {'Spearman':<20}  {'Jaccard, other shots':<20}  {'Spearman':<20}"
     for point in report.curve:

@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 from rose_ray.cli import app
 from rose_ray.config import JobConfig, load_config, parse_config
-from rose_ray.config.cleaning import Decontaminate, NearDuplicates
+from rose_ray.config.cleaning import Decontaminate, Diversity, NearDuplicates
 from rose_ray.config.commented import commented_yaml
 from rose_ray.config.selection import JointSelectionConfig, TrainingSetConfig
 from rose_ray.config.task import TaskInput
 from tests.unit.config.test_models import MODELS
 
 EVALUATION = [model for model in MODELS if model.__module__ in ("rose_ray.config.evaluation", "rose_ray.config.judge")]
-LEFT_OUT = (TrainingSetConfig, JointSelectionConfig, TaskInput, NearDuplicates, Decontaminate, *EVALUATION)
+LEFT_OUT = (TrainingSetConfig, JointSelectionConfig, TaskInput, NearDuplicates, Decontaminate, Diversity, *EVALUATION)
 """Unset by default: there as one key each."""
 
 

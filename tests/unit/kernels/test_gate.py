@@ -162,5 +162,5 @@ def test_only_rows_in_reach_are_looked_at() -> None:
 def test_too_few_rows_left_says_how_many_were_passed_over() -> None:
     scores = np.arange(10.0)
     columns = ScoreColumns(10, 1, lambda _: scores, lambda positions: positions.tolist())
-    with pytest.raises(ConfigError, match=r"asks for 8 rows, but only 7 .* after 3 near-duplicates or contaminated"):
+    with pytest.raises(ConfigError, match=r"asks for 8 rows, but only 7 .* after 3 rows were passed over"):
         choose_rows(columns, Budget(count=8), gate=Labels(list(range(10)), {1, 2, 3}))

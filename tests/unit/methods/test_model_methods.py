@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -9,23 +10,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.target import PairInput, TargetConfig
-from rose_ray.errors import PairError
+from rose_ray.errors import PairError, StoreError
 from rose_ray.methods import nuggets as nuggets_method
+from rose_ray.methods import shards as steps
 from rose_ray.methods.answers import chosen_answers
 from rose_ray.methods.interface import MethodModel, Target
+from rose_ray.methods.rds import POOLING, RowStates
+from rose_ray.methods.shards import MethodRun
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.scoring import ScoringModel, core_model
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.candidates import Scores, choose, target_candidates
+from rose_ray.stages.forwards import unit_embeddings
 from rose_ray.stages.ifd import ifd_scores
 from rose_ray.stages.loss_drop import TargetTraining, loss_drop_scores, train_on_target
 from rose_ray.stages.nuggets import demonstration_scores, prepare_anchors
 from rose_ray.stages.rds import embedding_cosines, query_embeddings
+from rose_ray.stages.row_vectors import VectorSource, vector_reader
 from rose_ray.stores.workspace import Workspace
 from tests.methods import make_method, make_pair, make_pool, make_rows, run_method, score_parts, split, tiny_tokeniser
 from tests.tiny import GROUPS, make_pool_rows, sentence
@@ -146,3 +153,42 @@ def test_pairs_take_turns_over_a_method_s_score_table(tmp_path: Path, tokenizer:
     other, manifest = run_method(workspace, pool, plain, tiny_tokeniser(tokenizer), PAIRS)
     assert manifest.facts["pairs"] == [] and manifest.key != made.key
     assert other.equals(table.drop_columns([f"pair_{pair}" for pair in ids]).cast(pa.schema(other.schema)))
+
+
+@pytest.mark.parametrize("vectors", ["rds", "rds_plus"])
+def test_states_of_rows_are_stored_for_selections(vectors: str, model: MethodModel, tmp_path: Path) -> None:
+    workspace = Workspace.open(str(tmp_path / "workspace"), create=True)
+    pool = make_pool(workspace, tmp_path, {"a": [{"prompt": q, "completion": a} for q, a in a_pool()]})
+    key = steps.lengths_key("text", 64)
+    method, told = RowStates(POOLING[vectors]), Target("states", ())
+    run = MethodRun(method, told, steps.method_content(method, "row_states", told, key, {}), key, pool.key)
+    stored = []
+    for entry in pool.facts["shards"]:
+        steps.count_tokens(workspace, pool, entry["shard"], [], key, model.tokeniser)
+        receipt = steps.score_shard(workspace, pool, entry["shard"], [], run, {}, model)
+        record = receipt.file(steps.SCORES_FILE)
+        stored.append(workspace.read_table(record.path, record))
+    with model.scoring.without_adapter():
+        expected = unit_embeddings(
+            model.scoring, make_rows(a_pool()).samples(model.tokeniser), POOLING[vectors], max_batch_tokens=100_000
+        )
+    ids = make_rows(a_pool()).row_ids
+    source = VectorSource("shard_scores", run.key, steps.SCORES_FILE, ())
+    shards = [
+        (part["row_id"].to_pylist(), entry["shard"]) for part, entry in zip(stored, pool.facts["shards"], strict=True)
+    ]
+    table = pa.table({"row_id": ids, "shard": [next(s for rows, s in shards if each in rows) for each in ids]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.sort_by([("shard", "ascending")]), sink)
+    scores = Scores(pq.ParquetFile(sink.getvalue()))
+    sorted_ids = scores.rows(np.arange(len(ids)), ["row_id"])["row_id"].to_pylist()
+    found = {}
+    for places, values in vector_reader(workspace, pool, scores, source)(np.array([0, 2, 3, 7, 10])):
+        assert values.dtype == np.float32
+        found.update(zip(places.tolist(), values, strict=True))
+    assert sorted(found) == [0, 2, 3, 7, 10]
+    for place, values in found.items():
+        wanted = expected.values_NU[ids.index(sorted_ids[place])]
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+    with pytest.raises(StoreError, match=r"lacks the vectors of selection\.diversity"):
+        list(vector_reader(workspace, pool, scores, replace(source, key="other"))(np.array([1])))

@@ -25,8 +25,8 @@ from rose_ray.stages.clean import (
     check_test_text,
     clean_gate,
     contamination_sources,
-    passed_over,
 )
+from rose_ray.stages.gates import JoinedGate, passed_over
 from tests.tiny import digest, make_pair_rows, write_jsonl
 
 LONG = "How many roads must a man walk down before you call him one of us"
@@ -88,7 +88,7 @@ def test_the_budget_is_filled_from_the_next_best(tmp_path: Path) -> None:
     assert selected(tmp_path, count=4, decontaminate={"target_pairs": False})[0] == "abcd"
     assert selected(tmp_path, fraction=0.25, **SETTINGS)[0] == "ae"  # a quarter of the whole pool
     assert selected(tmp_path, count=2, source_quotas={"x": 0.5}, **SETTINGS)[0] == "ah"
-    with pytest.raises(ConfigError, match=r"asks for 4 rows, but only 3 .* after 5 near-duplicates or contaminated"):
+    with pytest.raises(ConfigError, match=r"asks for 4 rows, but only 3 .* after 5 rows were passed over"):
         selected(tmp_path, count=4, **SETTINGS)
 
 
@@ -100,7 +100,7 @@ def test_minhash_passes_over_rows_that_differ_a_little(tmp_path: Path) -> None:
 def test_every_row_is_accounted_for_and_named(tmp_path: Path) -> None:
     _, gate, chosen = selected(tmp_path, count=3, **SETTINGS)
     assert gate is not None
-    table, counts = passed_over(candidates(), gate, chosen)
+    table, counts = passed_over(candidates(), JoinedGate([gate]), chosen)
     assert table.schema.equals(PASSED_OVER, check_metadata=True)
     rows = [(row["row_id"][:2], row["source"], row["reason"], row["match"]) for row in table.to_pylist()]
     short = f"{tmp_path / 'test.jsonl'} row 1"
@@ -123,13 +123,13 @@ def test_every_row_is_accounted_for_and_named(tmp_path: Path) -> None:
     assert counts["scored"] == counts["selectable"] + counts["near_duplicates"] + counts["contaminated"]
     json.dumps(counts)
     with pytest.raises(AccountingError, match="a row was selected and passed over"):
-        passed_over(candidates(), gate, np.array([0, 1]))
+        passed_over(candidates(), JoinedGate([gate]), np.array([0, 1]))
 
 
 def test_a_selection_that_cleans_nothing_has_no_gate_and_its_old_key(tmp_path: Path) -> None:
     plain = SelectionConfig(count=3)
     assert clean_gate(plain, contamination_sources(plain, [PAIR]), read) is None
-    assert not {"near_duplicates", "decontaminate"} & set(plain.identity())
+    assert not {"near_duplicates", "decontaminate", "diversity"} & set(plain.identity())
     assert "near_duplicates" in SelectionConfig.model_validate({"near_duplicates": {}}).identity()
 
 

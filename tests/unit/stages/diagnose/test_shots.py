@@ -162,10 +162,13 @@ def test_pairs_of_a_row_are_drawn_left_out_and_flipped_together(tmp_path: Path) 
 def test_what_is_left_aside_is_said(tmp_path: Path) -> None:
     features_CND = unit(np.random.default_rng(1).normal(size=(2, NUM_ROWS, DIM)))
     selection = {"count": 3, "near_duplicates": {"method": "exact"}, "decontaminate": {}}
+    selection["diversity"] = {"max_cosine": 0.9}
     job, bank = finished(tmp_path, features_CND, np.eye(DIM)[:2], "aa", selection=selection)
     report = report_of(job, bank, num_draws=2)
-    assert report.not_applied == ("near_duplicates", "decontaminate")
-    assert list(shots_lines(report))[1].startswith("selection.near_duplicates and selection.decontaminate left aside")
+    assert report.not_applied == ("near_duplicates", "decontaminate", "diversity")
+    assert list(shots_lines(report))[1].startswith(
+        "selection.near_duplicates and selection.decontaminate and selection.diversity left aside"
+    )
 
 
 def test_scores_that_are_no_sums_are_refused(tmp_path: Path) -> None:
