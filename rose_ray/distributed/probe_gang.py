@@ -39,7 +39,7 @@ class TrainingRank(Rank):
 class ProbeRanks(Gang):
     """Ranks that are lost for good: what another start takes would count as what rows take."""
 
-    kind = ProbeRank
+    kind: type[Rank] = ProbeRank
     max_restarts = 0
 
     def _given_up(self, lost: str) -> ResourceError:

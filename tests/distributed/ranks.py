@@ -7,7 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 
-from ray.util.state import list_actors
+import ray
+from ray._private import state as ray_state
 
 _SECONDS = 200
 
@@ -20,12 +21,15 @@ def kill_a_rank(killed: list[int], kind: str, when: Callable[[], bool]) -> None:
         kind: Class of the rank.
         when: Asked until it is so.
     """
+    # Not `ray.util.state`: it finds a cluster by itself, or by RAY_ADDRESS, which may be another one of this machine.
+    job = ray.get_runtime_context().get_job_id()
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
         if when():
-            alive = list_actors(filters=[("class_name", "=", kind), ("state", "=", "ALIVE")])
-            if alive and alive[0].pid:
-                os.kill(alive[0].pid, signal.SIGKILL)
-                killed.append(alive[0].pid)
+            actors = ray_state.actors(actor_state_name="ALIVE").values()
+            pids = [each["Pid"] for each in actors if each["ActorClassName"] == kind and each["JobID"] == job]
+            if pids and pids[0]:
+                os.kill(pids[0], signal.SIGKILL)
+                killed.append(pids[0])
                 return
         time.sleep(0.02)
