@@ -65,7 +65,12 @@ def validate(config: Config, overrides: Set = None) -> None:
 def plan(
     config: Config,
     overrides: Set = None,
-    probe: Annotated[int, typer.Option(help="Rows that are scored to learn the rates; 0 for none, and no times.")] = 64,
+    probe: Annotated[
+        int,
+        typer.Option(
+            help="Rows that an actor, or each rank of one, scores to learn the rates; 0 for none, and no times."
+        ),
+    ] = 64,
 ) -> None:
     """Say what a run will take on this cluster: rows, time, device hours, bytes, memory. Reads the pool, keeps it."""
     from rose_ray.config import load_config

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """A gang that comes apart so often over one piece of work does not come together by trying again."""
+
+_DEATH_SECONDS = 10.0
+"""How long after an error in a rank the death of another one may become known."""
 
 
 class Rank(BankActor):
@@ -77,7 +80,14 @@ class Gang:
     Args:
         spec: ``ranks`` of them, with ``cpus`` and ``gpus`` each.
         enrolment: The coordinator's: told whenever the ranks are lost.
+
+    Attributes:
+        kind: What the ranks are.
+        max_restarts: How often they are started again over one call.
     """
+
+    kind: type[Rank] = Rank
+    max_restarts = MAX_RESTARTS
 
     def __init__(self, spec: ScoringSpec, enrolment: Enrolment) -> None:
         self.spec = replace(spec, roll=None)  # the coordinator's place on the roll is theirs
@@ -95,7 +105,7 @@ class Gang:
             RoseError: What a rank raised.
             ResourceError: The gang came apart again and again.
         """
-        for attempt in range(MAX_RESTARTS + 1):
+        for attempt in range(self.max_restarts + 1):
             try:
                 self._start()
                 return self._together([getattr(r, method).remote(*arguments(n)) for n, r in enumerate(self._ranks)])
@@ -104,9 +114,13 @@ class Gang:
                 self.enrolment.came_apart()
                 lost = str(error).split("\n", 1)[0]
                 logger.warning(f"a gang of {self.spec.ranks} ranks came apart (time {attempt + 1}): {lost}")
-        raise ResourceError(
-            f"a gang of {self.spec.ranks} ranks came apart {MAX_RESTARTS + 1} times over the same work; the last time: "
-            f"{lost}"
+        raise self._given_up(lost)
+
+    def _given_up(self, lost: str) -> ResourceError:
+        """Return what ends work over which the gang came apart for the last time, and how: ``lost``."""
+        times = self.max_restarts + 1
+        return ResourceError(
+            f"a gang of {self.spec.ranks} ranks came apart {times} times over the same work; the last time: {lost}"
         )
 
     def _start(self) -> None:
@@ -115,7 +129,7 @@ class Gang:
         group = self._placement()
         options = {"num_cpus": self.spec.cpus, "num_gpus": self.spec.gpus}
         self._ranks = [
-            ray.remote(Rank)
+            ray.remote(self.kind)
             .options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, number))
             .remote(self.spec, number)
             for number in range(self.spec.ranks)
@@ -148,8 +162,10 @@ class Gang:
             try:
                 ray.get(done)
             except RayTaskError as error:
-                self.stop()
                 cause = root_cause(error)
+                if not isinstance(cause, RoseError | OSError):
+                    _raise_death(waiting)
+                self.stop()
                 raise (cause if isinstance(cause, RoseError | OSError) else error) from None
         return list(ray.get(references))
 
@@ -158,6 +174,14 @@ class Gang:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+
+
+def _raise_death(references: list[Any]) -> None:
+    """Raise what Ray says of a rank that died: it breaks the collectives of the others, whose errors may come first."""
+    done, _ = ray.wait(references, num_returns=len(references), timeout=_DEATH_SECONDS) if references else ([], [])
+    for reference in done:
+        with suppress(RayTaskError):
+            ray.get(reference)
 
 
 @contextmanager

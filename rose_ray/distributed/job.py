@@ -180,8 +180,8 @@ class Job:
             device=device_of(config.ray),
             threads=config.ray.threads_per_actor,
             max_batch_tokens=max_batch_tokens,
-            # Actors share a GPU by fractions of it; on the CPU all of them may be on one node.
-            memory_share=min(1.0, config.ray.gpus_per_actor) or 1 / config.ray.actors,
+            # Actors share a GPU by fractions of it; on the CPU all of them, and all their ranks, may be on one node.
+            memory_share=min(1.0, config.ray.gpus_per_actor) or 1 / (config.ray.actors * config.ray.ranks_per_actor),
             spaces=tuple(spaces),
             ranks=config.ray.ranks_per_actor,
             cpus=config.ray.cpus_per_actor,

@@ -13,28 +13,34 @@ import ray
 
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
+from rose_ray.config.warmup import WarmupConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import device_of
+from rose_ray.distributed.actors import ScoringSpec, device_of
 from rose_ray.distributed.bank import BANK_BATCH_TOKENS, missing_banks, missing_bases
 from rose_ray.distributed.checkpoints import pinned_warmup
+from rose_ray.distributed.engine import ProcessGroup
 from rose_ray.distributed.features import missing_features
+from rose_ray.distributed.gang import released_gangs
 from rose_ray.distributed.ingest import ingest
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.probe import (
     PROBE_FOLDER,
+    PROBED_CHECKPOINT,
     ProbeActor,
     evenly,
     pair_tokens,
     pool_tokens,
+    probed_space,
     sample_shard,
     time_reduction,
     time_training,
 )
-from rose_ray.distributed.resources import actors_at_once, cluster_nodes, granted_resources
+from rose_ray.distributed.probe_gang import ProbeGang, time_shared_training
+from rose_ray.distributed.resources import cluster_nodes, granted_resources, processes_at_once
 from rose_ray.distributed.session import ray_session, root_cause
-from rose_ray.distributed.spaces import SpaceSpec, deflates
+from rose_ray.distributed.spaces import deflates
 from rose_ray.distributed.training import WarmupJob
-from rose_ray.errors import ConfigError, RoseError
+from rose_ray.errors import RoseError
 from rose_ray.model.tokenizer import with_absolute_paths
 from rose_ray.stages.budget import MOST_TOKENS, MemoryNeed
 from rose_ray.stages.clean import check_test_text
@@ -92,7 +98,7 @@ def plan_job(config: JobConfig, *, probe_rows: int) -> JobPlan:
 
     Args:
         config: The checked configuration.
-        probe_rows: Rows that are scored for the rates; 0 for no probe.
+        probe_rows: Rows that an actor, or each rank of one, scores for the rates; 0 for no probe.
 
     Raises:
         RoseError: As in `run_job`.
@@ -121,14 +127,9 @@ def _plan(job: Job, probe_rows: int) -> JobPlan:
     work = _work(job, pool, tokens, pairs, lengths)
     rates = None
     probe_rows = probe_rows if pairs else 0
-    if job.config.ray.ranks_per_actor > 1 and probe_rows:
-        raise ConfigError(
-            "plan: ranks that share a model are not probed: add --probe 0, which foretells sizes and the least memory "
-            "of a rank, or plan with ray.ranks_per_actor=1"
-        )
     if probe_rows and tokens.lengths:
         try:
-            rates = _Prober(job, work, pairs, lengths, evenly(samples, probe_rows)).rates()
+            rates = _Prober(job, work, pairs, lengths, samples, probe_rows).rates()
         finally:
             job.workspace.delete_folder(PROBE_FOLDER)
         work = replace(work, warmup_start=rates.start_up + TRAIN_SECONDS)
@@ -217,37 +218,52 @@ def _fraction(target: TargetConfig, tokens: PoolTokens) -> float:
 
 
 class _Prober:
-    """Measures on as many actors at once as one node will hold: they share its memory and its cores."""
+    """Measures on as many actors at once as one node will hold: they share its memory and its cores.
+
+    Args:
+        job, work: What is foretold.
+        pairs, lengths: By target, and tokens of each pair.
+        samples: Of the pool.
+        probe_rows: For each actor, rank or worker.
+    """
 
     def __init__(
-        self, job: Job, work: Work, pairs: Pairs, lengths: Mapping[str, Sequence[int]], samples: pa.Table
+        self,
+        job: Job,
+        work: Work,
+        pairs: Pairs,
+        lengths: Mapping[str, Sequence[int]],
+        samples: pa.Table,
+        probe_rows: int,
     ) -> None:
-        self.job, self.work, self.pairs, self.lengths, self.samples = job, work, pairs, lengths, samples
-        self.num_tokens = sum(len(ids) for ids in samples["input_ids"])
+        self.job, self.work, self.pairs, self.lengths = job, work, pairs, lengths
+        self.samples, self.probe_rows = samples, probe_rows
 
     def rates(self) -> Rates:
         """Probe scoring, pairs, training and reducing."""
         configured = self.job.config.gradients.max_batch_tokens
-        projected = [SpaceSpec("probe")] if "" in self.work.dims else []
-        spec = self.job.spec(None, BANK_BATCH_TOKENS if configured == "auto" else configured, projected)
-        exact = [dim for name, dim in self.work.dims.items() if name]
-        number = actors_at_once(self.job.config, cluster_nodes())
-        logger.info(f"plan: probing {self.samples.num_rows} rows in each of {number} actors")
-        actors = [self.job.actor(ProbeActor, spec, exact) for _ in range(number)]
-        try:
-            started = time.monotonic()
-            ray.get([actor.ready.remote() for actor in actors])
-            start_up = time.monotonic() - started
-            need, host = self._memory(actors, spec.device)
-            budget = need.budget(MOST_TOKENS[spec.device]) if configured == "auto" else configured
-            scored = ray.get([actor.score.remote(self.samples, budget) for actor in actors])
-            pairs = {name: self._pair_rate(actors[0], name) for name in self.work.pair_tokens}
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        spaces = [probed_space(name, dim) for name, dim in self.work.dims.items()]
+        spec = self.job.spec(None, BANK_BATCH_TOKENS if configured == "auto" else configured, spaces)
+        spec = replace(spec, checkpoints=(PROBED_CHECKPOINT,))
+        tokens = self._scored()
+        with released_gangs(spec):
+            together = processes_at_once(self.job.config, cluster_nodes())
+            actors = self._actors(spec, max(1, together // spec.ranks), tokens.num_rows)
+            try:
+                started = time.monotonic()
+                ray.get([actor.ready.remote() for actor in actors])
+                start_up = time.monotonic() - started
+                need, host = self._memory(actors[0], spec.device, together)
+                budget = need.budget(MOST_TOKENS[spec.device]) if configured == "auto" else configured
+                scored = ray.get([actor.score.remote(tokens, budget) for actor in actors])
+                pairs = {name: self._pair_rate(actors[0], name) for name in self.work.pair_tokens}
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+        num_tokens = sum(len(ids) for ids in tokens["input_ids"])
         return Rates(
-            scoring=sum(seconds for seconds, _ in scored) / number / self.num_tokens,
-            training=self._training(),
+            scoring=sum(seconds for seconds, _ in scored) / len(actors) / num_tokens,
+            training=self._training(spec),
             pairs=pairs,
             reducing=[self._reducing(scored[0][1], targets) for targets in self.work.passes],
             start_up=start_up,
@@ -258,15 +274,35 @@ class _Prober:
             host_available_bytes=host[1],
         )
 
-    def _memory(self, actors: Sequence[Any], device: str) -> tuple[MemoryNeed, tuple[int, int]]:
-        """Return what an actor needs of its device, and where that is a GPU, bytes of the host and those there are."""
-        need: MemoryNeed = ray.get(actors[0].need.remote())
+    def _scored(self) -> pa.Table:
+        """The samples that an actor scores; ranks are dealt the batches of one shard, so no more than it holds."""
+        ranks = self.work.ranks
+        most = self.probe_rows if ranks == 1 else min(ranks * self.probe_rows, self.job.config.pool.shard_rows)
+        return evenly(self.samples, most)
+
+    def _actors(self, spec: ScoringSpec, number: int, num_rows: int) -> list[Any]:
+        shared = f" of {spec.ranks} ranks" if spec.ranks > 1 else ""
+        logger.info(f"plan: probing {num_rows} rows in each of {number} actors{shared}")
+        if spec.ranks == 1:
+            return [self.job.actor(ProbeActor, spec) for _ in range(number)]
+        gang: Any = ray.remote(num_cpus=0)(ProbeGang)  # a gang's coordinator needs nothing itself
+        return [gang.remote(spec) for _ in range(number)]
+
+    def _memory(self, actor: Any, device: str, together: int) -> tuple[MemoryNeed, tuple[int, int]]:
+        """Return what an actor needs of its device, and where that is a GPU, bytes of the host and those there are.
+
+        Args:
+            actor: Any of them. Where ranks share its model, all this is of the rank that needs the most.
+            device: ``cpu`` or ``cuda``.
+            together: Actors or ranks that share a host.
+        """
+        need: MemoryNeed = ray.get(actor.need.remote())
         # The probe holds one checkpoint, its maps and bases; an actor holds them all.
         more = self.work.held_bytes - self.work.held_bytes // self.work.num_checkpoints
         if device == "cpu":
             return replace(need, one_row=need.one_row + more), (0, 0)
-        own, available = ray.get(actors[0].host_memory.remote())
-        return need, (own + more, own + max(0, available - own) // len(actors))
+        own, available = ray.get(actor.host_memory.remote())
+        return need, (own + more, own + max(0, available - own) // together)
 
     def _pair_rate(self, actor: Any, name: str) -> float:
         target = next(each for each in self.job.config.targets if each.name == name)
@@ -284,19 +320,29 @@ class _Prober:
         seconds: float = ray.get(self.job.task(time_reduction, self.job.workspace, table, rows, num_pairs))
         return seconds
 
-    def _training(self) -> float:
+    def _training(self, spec: ScoringSpec) -> float:
         job, config = self.job, self.job.config
-        record = job.workspace.write_table(f"{PROBE_FOLDER}/samples.parquet", self.samples)
-        settings = config.warmup.model_copy(update={"workers": 1, "epochs": 1, "adapters": None})
+        settings = self._trained()
+        samples = evenly(self.samples, settings.workers * self.probe_rows)
         training = WarmupJob(
             job.workspace,
             PROBE_FOLDER,
-            record,
+            job.workspace.write_table(f"{PROBE_FOLDER}/samples.parquet", samples),
             config.model,
             config.lora,
             settings,
             device_of(config.ray),
             config.ray.threads_per_actor,
         )
-        seconds: float = ray.get(job.model_task(time_training, training))
+        if settings.workers > 1:
+            return time_shared_training(training, spec)
+        seconds: float = ray.get(job.model_task(time_training, training, ProcessGroup()))
         return seconds
+
+    def _trained(self) -> WarmupConfig:
+        """Settings of the probed warm-up: one worker, or all that share the base."""
+        settings = self.job.config.warmup.model_copy(update={"epochs": 1, "adapters": None})
+        if self.work.ranks > 1 and not self.work.warmup_positions:
+            # No warm-up is to come, which only says what training would cost: the base need not fit one device.
+            return settings.model_copy(update={"workers": self.work.ranks, "zero_stage": 3})
+        return settings if settings.zero_stage == 3 else settings.model_copy(update={"workers": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ import torch
 from rose_ray.config.model import ModelConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.preferences import PreferencePair
-from rose_ray.distributed.actors import BankActor, ScoringSpec
+from rose_ray.distributed.actors import BankActor
 from rose_ray.distributed.engine import ProcessGroup, deepspeed_in_group
+from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.distributed.tokens import cached_tokeniser
 from rose_ray.distributed.training import WarmupJob, WarmupTrainer
 from rose_ray.kernels.influence import influence
@@ -31,10 +33,13 @@ from rose_ray.stages.pool import read_pool_shard
 from rose_ray.stages.stored_features import normalized_features
 from rose_ray.stages.tokens import tokenize_shard
 from rose_ray.stores.manifest import Manifest
-from rose_ray.stores.workspace import Workspace
+from rose_ray.stores.workspace import FileRecord, Workspace
 
 PROBE_FOLDER = "probe"
 """Where a probe writes in the workspace; deleted when it is done."""
+
+PROBED_CHECKPOINT = "probe"
+"""The one checkpoint of a probe."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +93,43 @@ def made_up_checkpoint(layout: ParameterLayout) -> Checkpoint:
         return {name: scale * torch.randn(shape, generator=generator) for name, shape in layout.shapes}
 
     second = {name: tensor.square() for name, tensor in drawn(1e-4).items()}
-    return Checkpoint("probe", drawn(0.02), drawn(1e-4), second, OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1))
+    return Checkpoint(
+        PROBED_CHECKPOINT, drawn(0.02), drawn(1e-4), second, OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1)
+    )
+
+
+def probed_space(name: str, dim: int) -> SpaceSpec:
+    """Return the stand-in for the projected space, named ``""``, or for an exact target's of so many directions."""
+    return SpaceSpec(f"probe {name}".strip(), (FileRecord("", 0, "", num_rows=dim),) if name else None)
 
 
 class ProbeActor(BankActor):
     """Scores a few rows as a scoring actor does, and a few pairs as the bank's actor does.
 
-    Args:
-        spec: Its ``spaces`` hold the projected one, if there is one.
-        num_exact: Directions of each exact target: their bases are random here, of the size that they will have.
+    Its specification has the spaces of `probed_space`.
     """
 
-    def __init__(self, spec: ScoringSpec, num_exact: Sequence[int]) -> None:
-        super().__init__(spec)
-        self.num_exact = num_exact
-        self.checkpoints = [made_up_checkpoint(spec.layout)]
+    @functools.cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The one of the probe."""
+        return [made_up_checkpoint(self.spec.layout)]
+
+    def projections(self, space: SpaceSpec) -> list[Projection]:
+        """What makes features of directions; an exact basis is random here, of the size that it will have."""
+        if space.basis is None:
+            return super().projections(space)
+        if space not in self._projections:
+            basis_JP = torch.randn(space.basis[0].num_rows, self.spec.layout.num_parameters)
+            basis_JP = torch.nn.functional.normalize(basis_JP, dim=1)
+            self._projections[space] = [SpanProjection(basis_JP, space.features_key)]
+        return self._projections[space]
 
     def ready(self) -> bool:
         """Load the model."""
         return self.model is not None
 
     def _maps(self) -> list[Projection]:
-        size = self.spec.layout.num_parameters
-        bases = [torch.nn.functional.normalize(torch.randn(number, size), dim=1) for number in self.num_exact]
-        projected = [self.projections(space)[0] for space in self.spec.spaces]
-        return [*projected, *(SpanProjection(basis, "probe") for basis in bases)]
+        return [self.projections(space)[0] for space in self.spec.spaces]
 
     def need(self) -> MemoryNeed:
         """Return what batches take of this actor's device, and what there is."""
@@ -176,13 +193,14 @@ def time_reduction(workspace: Workspace, features: pa.Table, num_rows: int, num_
     return (time.monotonic() - start) / num_rows
 
 
-def time_training(job: WarmupJob) -> float:
-    """Return the seconds a position, padding included, that a warm-up worker takes for its samples."""
+def time_training(job: WarmupJob, group: ProcessGroup) -> float:
+    """Return the seconds a position of its own, padding included, that a warm-up worker takes in this group."""
     torch.set_num_threads(job.threads)
-    deepspeed_in_group(job.device, ProcessGroup())
-    trainer = WarmupTrainer(job, rank=0, num_workers=1)
+    deepspeed_in_group(job.device, group)
+    trainer = WarmupTrainer(job, rank=group.rank, num_workers=group.world_size)
     trainer.step(trainer.steps[0])
     start = time.monotonic()
     for step in trainer.steps:
         trainer.step(step)
-    return (time.monotonic() - start) / num_positions(trainer.steps, [len(each.input_ids) for each in trainer.samples])
+    positions = num_positions(trainer.steps, [len(each.input_ids) for each in trainer.samples])
+    return (time.monotonic() - start) * group.world_size / positions

@@ -166,11 +166,11 @@ def _num_workers(config: JobConfig, needs: Needs) -> int:
     return config.warmup.workers if needs.warmup and config.warmup.adapters is None else 0
 
 
-def actors_at_once(config: JobConfig, nodes: list[Node]) -> int:
-    """Return how many scoring actors the job would put on one node, the one with the most room."""
+def processes_at_once(config: JobConfig, nodes: list[Node]) -> int:
+    """Return how many scoring actors, or ranks of them, the job would put on one node, the one with the most room."""
     settings = config.ray
     most = max((_slots(node, settings.cpus_per_actor, settings.gpus_per_actor) for node in nodes), default=1)
-    return max(1, min(settings.actors, most))
+    return max(1, min(settings.actors * settings.ranks_per_actor, most))
 
 
 def _fit_beside_reader(nodes: list[Node], number: int, config: JobConfig) -> bool:

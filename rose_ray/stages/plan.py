@@ -2,6 +2,7 @@
 
     seconds of features = start-up + makespan of the shards, each rows x tokens x checkpoints x seconds a token
     bytes of an actor   = what a probe with one checkpoint held + 4 x (3 + deflated + exact) x P for each further one
+    hours of a stage    = its seconds x the devices of all its workers, or of all ranks of all its actors
 
 Every stage that the workspace holds already costs nothing.
 """
@@ -75,13 +76,14 @@ class Rates:
     """What a probe on the cluster measured.
 
     Attributes:
-        scoring: Seconds a token, row of average length, at one checkpoint, in one actor.
+        scoring: Seconds a token, row of average length, at one checkpoint, in one actor, its ranks together.
         training: Seconds a position of the warm-up, in one worker.
         pairs: By target, seconds a token of its pairs at one checkpoint, both sides counted.
         reducing: By pass, seconds a row and checkpoint for all its targets.
         start_up: Until an actor has its model.
-        peak_bytes: Most memory that scoring takes on its device at the batch bound, all checkpoints held.
-        available_bytes: What an actor may take there.
+        peak_bytes: Most memory that scoring takes on its device at the batch bound, all checkpoints held; of a rank
+            where ranks share a model.
+        available_bytes: What an actor, or a rank, may take there.
         max_batch_tokens: The bound.
         host_bytes, host_available_bytes: The same of the host's memory, where the device is a GPU; else 0.
     """
@@ -104,7 +106,7 @@ class Work:
 
     Attributes:
         actors, workers: Of scoring and of the warm-up.
-        gpus: Of an actor.
+        gpus: Of an actor, or of each of its ranks.
         num_checkpoints: Features are made at so many.
         num_parameters: Of the adapter.
         dims: Numbers a row and checkpoint, by feature space.
@@ -157,8 +159,8 @@ class Plan:
         seconds: Wall time by stage, named as a run names them; stages whose artefact is there are left out. A pass that
             targets share stands at each of them, as a run reports it.
         wall_seconds: Of all stages, a shared pass counted once.
-        device_hours: Hours of GPUs, or of actors where there are none, by stage; those of a shared pass stand at the
-            first that shares it.
+        device_hours: Hours of GPUs, or of actors or their ranks where there are none, by stage; those of a shared pass
+            stand at the first that shares it.
         num_bytes: By artefact.
         break_even_epochs: After so many epochs, training on the selection instead of on everything has saved what
             selecting costs; None without a probe.
@@ -196,14 +198,14 @@ def predict(work: Work, tokens: PoolTokens, rates: Rates | None) -> Plan:
     for stage, counts in (("basis", work.basis_tokens), ("bank", work.pair_tokens)):
         for target, count in counts.items():
             seconds[f"{stage} {target}"] = count * work.num_checkpoints * rates.pairs[target] + start_up
-            devices[f"{stage} {target}"] = 1
+            devices[f"{stage} {target}"] = work.ranks
             start_up = 0.0
     wall = sum(seconds.values())
     if work.shard_rows:
         one = features_seconds(work, tokens, rates)
         stages = [f"features {name}".strip() for name in work.spaces]
         seconds |= dict.fromkeys(stages, one)
-        devices[stages[0]] = work.actors
+        devices[stages[0]] = work.actors * work.ranks
         wall += one
     for targets, rate in zip(work.passes, rates.reducing, strict=True):
         one = tokens.num_scored * work.num_checkpoints * rate

@@ -28,12 +28,11 @@ def plan_lines(
     yield from _work_lines(work, num_shards)
     yield from work.basis_lines
     yield from _size_lines(plan)
-    if work.ranks > 1:
-        yield from _rank_lines(work)
     if rates is None:
+        yield from _rank_lines(work) if work.ranks > 1 else ()
         yield f"no probe: no times{'' if work.ranks > 1 else ' and no memory'}"
         return
-    yield from _memory_lines(rates)
+    yield from _memory_lines(rates, "rank" if work.ranks > 1 else "actor")
     yield from _time_lines(work, plan, list(others or {}))
 
 
@@ -68,7 +67,7 @@ def _work_lines(work: Work, num_shards: int) -> Iterator[str]:
 
 def _time_lines(work: Work, plan: Plan, others: Sequence[str]) -> Iterator[str]:
     """Seconds and device hours by stage, and when selecting pays for itself; ``others`` are not foretold."""
-    device = "GPU" if work.gpus else "actor"
+    device = "GPU" if work.gpus else "rank" if work.ranks > 1 else "actor"
     width = max((len(stage) for stage in plan.seconds), default=5)
     yield f"{'stage':<{width}}   wall time  {device}-hours"
     for stage, seconds in plan.seconds.items():
@@ -90,23 +89,25 @@ def _size_lines(plan: Plan) -> Iterator[str]:
     yield "sizes, before compression: " + ", ".join(f"{name} {_bytes(size)}" for name, size in plan.num_bytes.items())
 
 
-def _memory_lines(rates: Rates) -> Iterator[str]:
-    """Peak memory of an actor, on its device and beside it, and whether it fits."""
+def _memory_lines(rates: Rates, whose: str) -> Iterator[str]:
+    """Peak memory of an actor or a rank, on its device and beside it, and whether it fits."""
+    of = {"actor": "an actor", "rank": "a rank"}[whose]
     fits = rates.peak_bytes <= rates.available_bytes
     yield (
-        f"memory of an actor: {_bytes(rates.peak_bytes)} at batches of {rates.max_batch_tokens:,} tokens, "
+        f"memory of {of}: {_bytes(rates.peak_bytes)} at batches of {rates.max_batch_tokens:,} tokens, "
         f"{_bytes(rates.available_bytes)} available: {_verdict(fits)}"
     )
     if not fits:
-        yield "lower gradients.max_batch_tokens or model.max_tokens, or raise ray.gpus_per_actor or model.deepspeed"
+        room = {"actor": "ray.gpus_per_actor or model.deepspeed", "rank": "ray.ranks_per_actor"}[whose]
+        yield f"lower gradients.max_batch_tokens or model.max_tokens, or raise {room}"
     if rates.host_bytes:
         fits = rates.host_bytes <= rates.host_available_bytes
         yield (
-            f"host memory of an actor: {_bytes(rates.host_bytes)}, its checkpoints among it, "
+            f"host memory of {of}: {_bytes(rates.host_bytes)}, its checkpoints among it, "
             f"{_bytes(rates.host_available_bytes)} available: {_verdict(fits)}"
         )
         if not fits:
-            yield "let fewer actors share a machine: raise ray.cpus_per_actor, or add machines; or lower lora.rank"
+            yield f"let fewer {whose}s share a machine: raise ray.cpus_per_actor, or add machines; or lower lora.rank"
 
 
 def _verdict(fits: bool) -> str:

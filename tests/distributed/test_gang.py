@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,10 +17,14 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from rose_ray.config import parse_config
+from rose_ray.distributed.actors import ScoringSpec
 from rose_ray.distributed.engine import check_offload
+from rose_ray.distributed.gang import Gang, released_gangs
+from rose_ray.distributed.roll import Enrolment
 from rose_ray.distributed.run import run_job
 from rose_ray.errors import ConfigError, ResourceError
 from tests.distributed.conftest import FinishedJob, copy_up_to_warmup
+from tests.distributed.ranks import kill_a_rank
 from tests.distributed.reading import made_stages
 from tests.distributed.tiny import tiny_content
 
@@ -57,7 +62,11 @@ def test_a_gang_scores_as_one_process_does(finished: FinishedJob, plain: dict[st
     copy_up_to_warmup(finished, tmp_path / "workspace")
     content = tiny_content(finished.inputs, tmp_path / "workspace")
     free, killed = ray.available_resources()["CPU"], list[int]()
-    killer = threading.Thread(target=kill_a_rank, args=(tmp_path / "workspace", killed))
+
+    def shard_finished() -> bool:
+        return any((tmp_path / "workspace").glob("features/*/*/manifest.json"))
+
+    killer = threading.Thread(target=kill_a_rank, args=(killed, "Rank", shard_finished))
     killer.start()
     result = run_job(parse_config(content, SETTINGS))
     killer.join()
@@ -81,23 +90,6 @@ def holders() -> str:
     actors = [(each.class_name, each.state, each.required_resources) for each in list_actors(detail=True)]
     held = [actor for actor in actors if actor[1] != "DEAD" and actor[2]]
     return f"{ray.available_resources()}; groups {[group for group in groups if group[1] != 'REMOVED']}; actors {held}"
-
-
-def kill_a_rank(workspace: Path, killed: list[int]) -> None:
-    """Kill one of the ranks that make features, once a shard is finished."""
-    deadline = time.monotonic() + 200
-    while not list(workspace.glob("features/*/*/manifest.json")):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.02)
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::Rank") and os.getppid() != int(path.parent.name):
-                killed.append(int(path.parent.name))
-                os.kill(killed[0], signal.SIGKILL)
-                return
-        except OSError:
-            continue
 
 
 @pytest.mark.ray
@@ -131,3 +123,34 @@ def test_nvme_is_refused_with_the_reason_where_it_cannot_work(tmp_path: Path) ->
     else:
         with pytest.raises(ResourceError, match="async_io operator, which cannot be built on"):
             check_offload(config.model, "cpu")
+
+
+class BrokenRank:
+    """The first raises what a broken collective would; the second, which broke it, is seen to die later."""
+
+    def __init__(self, spec: Any, number: int) -> None:
+        self.number = number
+
+    def place(self) -> tuple[str, int]:
+        return "", 0
+
+    def join(self, address: str, port: int) -> None:
+        pass
+
+    def work(self) -> None:
+        if self.number == 0:
+            raise RuntimeError("Connection closed by peer")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenGang(Gang):
+    kind = BrokenRank  # type: ignore[assignment]
+    max_restarts = 1
+
+
+@pytest.mark.ray
+def test_a_rank_whose_partner_died_is_not_blamed(ray_cluster: None) -> None:
+    spec: Any = ScoringSpec(*[None] * 5, (), (), "cpu", 1, 512, ranks=2, cpus=0.1)  # type: ignore[arg-type]
+    with released_gangs(spec), pytest.raises(ResourceError, match=r"of 2 ranks came apart 2 times.*actor died"):
+        BrokenGang(spec, Enrolment(None)).call("work", lambda rank: ())

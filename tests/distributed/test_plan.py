@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
+from ray.util import placement_group_table
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.plan import plan_job
 from rose_ray.distributed.run import run_job
-from rose_ray.errors import ConfigError, ResourceError
+from rose_ray.errors import ResourceError
 from rose_ray.stages.report import status_lines
 from rose_ray.stores.plans import write_plan
 from rose_ray.stores.workspace import Workspace
 from tests.distributed.conftest import FinishedJob
+from tests.distributed.ranks import kill_a_rank
 from tests.distributed.tiny import NUM_EPOCHS, NUM_SHARDS, NUM_UNIQUE, third_target, tiny_content, tiny_job
 
 pytestmark = pytest.mark.ray
@@ -59,12 +62,41 @@ def test_what_no_node_can_offload_is_refused_before_the_pool_is_read(finished: F
     assert not (tmp_path / "workspace" / "pool").exists()
 
 
-def test_ranks_are_foretold_without_a_probe_only(finished: FinishedJob, copied: Path) -> None:
-    settings = ["model.deepspeed.zero_stage=3", "ray.ranks_per_actor=2", "ray.cpus_per_actor=0.25"]
-    config = tiny_job(finished.inputs, copied, settings)
-    with pytest.raises(ConfigError, match="add --probe 0, which foretells sizes and the least memory of a rank"):
-        plan_job(config, probe_rows=4)
-    work = plan_job(config, probe_rows=0).work
+GANG = ["model.deepspeed.zero_stage=3", "ray.ranks_per_actor=2", "ray.cpus_per_actor=0.25"]
+
+
+def test_ranks_that_share_a_model_are_probed_together(finished: FinishedJob, tmp_path: Path) -> None:
+    settings = [*GANG, "warmup.zero_stage=3", "warmup.workers=2", "targets.1.exact=true"]
+    before = set(placement_group_table())
+    made = plan_job(tiny_job(finished.inputs, tmp_path / "workspace", settings), probe_rows=4)
+    assert {"warmup", "basis beta", "bank alpha", "features", "features beta", "score beta"} < set(made.plan.seconds)
+    hours, seconds, rates = made.plan.device_hours, made.plan.seconds, made.rates
+    for stage, num_ranks in (("warmup", 2), ("basis beta", 2), ("bank alpha", 2), ("features", 2)):
+        assert hours[stage] == pytest.approx(num_ranks * seconds[stage] / 3600) and hours[stage] > 0
+    assert rates is not None and min(rates.scoring, rates.training, *rates.pairs.values()) > 0
+    # A rank holds no less than its part of the base, and other ranks have their part of the machine.
+    assert made.work.base_bytes / 2 < rates.peak_bytes < rates.available_bytes
+    groups = [group["state"] for key, group in placement_group_table().items() if key not in before]
+    assert groups == 2 * ["REMOVED"]  # one scored, one trained
+    assert not (tmp_path / "workspace" / "probe").exists()
+
+
+def test_a_rank_that_dies_ends_the_probe_with_one_message(finished: FinishedJob, copied: Path) -> None:
+    content = tiny_content(finished.inputs, copied)
+    content["targets"].append(third_target(finished.inputs))
+    killed = list[int]()
+    killer = threading.Thread(target=kill_a_rank, args=(killed, "ProbeRank", lambda: True))
+    killer.start()
+    with pytest.raises(ResourceError, match=r"plan: the probe's gang of 2 ranks came apart: .*--probe 0") as raised:
+        plan_job(parse_config(content, GANG), probe_rows=4)
+    killer.join()
+    assert len(killed) == 1 and "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+
+
+def test_ranks_are_foretold_without_a_probe(finished: FinishedJob, copied: Path) -> None:
+    made = plan_job(tiny_job(finished.inputs, copied, GANG), probe_rows=0)
+    work = made.work
+    assert made.rates is None and made.plan.seconds == {}
     assert (work.ranks, work.held_bytes) == (2, 4 * work.num_parameters * NUM_EPOCHS * 4)
     assert work.base_bytes > work.largest_bytes > 0
 

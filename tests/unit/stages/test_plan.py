@@ -204,6 +204,21 @@ def test_the_hosts_memory_is_foretold_beside_a_gpus() -> None:
     assert "host memory of an actor: 6 GB, its checkpoints among it, 5 GB available: DOES NOT FIT" in text
 
 
+def test_devices_of_all_ranks_count_and_the_warm_up_has_none() -> None:
+    alone, shared = predict(WORK, TOKENS, RATES), predict(replace(WORK, ranks=4), TOKENS, RATES)
+    assert shared.seconds == alone.seconds
+    assert shared.device_hours.pop("warmup") == pytest.approx(alone.device_hours.pop("warmup"))
+    assert shared.device_hours == pytest.approx({stage: 4 * hours for stage, hours in alone.device_hours.items()})
+
+
+def test_ranks_that_were_probed_are_reported_as_ranks() -> None:
+    shared = replace(WORK, ranks=4, gpus=0.0, base_bytes=16 * 10**9, largest_bytes=10**9)
+    tight = replace(RATES, available_bytes=10**9)
+    text = "\n".join(plan_lines(TOKENS, shared, tight, predict(shared, TOKENS, tight), 3))
+    assert "memory of a rank: 3 GB at batches of 4,096 tokens, 1 GB available: DOES NOT FIT" in text
+    assert "ray.ranks_per_actor" in text and "rank-hours" in text and "at least" not in text and "actor:" not in text
+
+
 def test_the_least_memory_of_a_rank_is_foretold_without_a_probe() -> None:
     shared = replace(WORK, ranks=4, base_bytes=16 * 10**9, largest_bytes=10**9, held_bytes=48_000)
     lines = list(plan_lines(TOKENS, shared, None, predict(shared, TOKENS, None), 3))
