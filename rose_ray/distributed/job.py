@@ -180,14 +180,22 @@ class Job:
             device=device_of(config.ray),
             threads=config.ray.threads_per_actor,
             max_batch_tokens=max_batch_tokens,
-            # Actors share a GPU by fractions of it; on the CPU all of them, and all their ranks, may be on one node.
-            memory_share=min(1.0, config.ray.gpus_per_actor) or 1 / (config.ray.actors * config.ray.ranks_per_actor),
+            memory_share=self.memory_share,
             spaces=tuple(spaces),
             ranks=config.ray.ranks_per_actor,
             cpus=config.ray.cpus_per_actor,
             gpus=config.ray.gpus_per_actor,
             stall_seconds=config.ray.stall_seconds,
         )
+
+    @property
+    def memory_share(self) -> float:
+        """Part of its device's memory that an actor may plan with.
+
+        Actors share a GPU by fractions of it; on the CPU all of them, and all their ranks, may be on one node.
+        """
+        settings = self.config.ray
+        return min(1.0, settings.gpus_per_actor) or 1 / (settings.actors * settings.ranks_per_actor)
 
     def budget_file(self, warmup: Manifest) -> str:
         """Where the measured batch bound of these settings is remembered."""
@@ -198,7 +206,8 @@ class Job:
             # Bases stand among the spaces, whatever bound they were chosen by.
             "gradients": config.gradients.model_dump(mode="json", exclude={"exact_basis_gib"}),
             "device": device_of(config.ray),
-            "gpus": config.ray.gpus_per_actor,
+            "memory_share": self.memory_share,
+            "ranks": config.ray.ranks_per_actor,
             "spaces": [each.made_from["space"]["projection"] for each in self.feature_sets(warmup).values()],
         }
         return f"budgets/{artefact_key(settings)}.json"

@@ -145,3 +145,8 @@ def test_a_plan_foretells_the_basis_that_a_run_makes(folder: Path, gib: float, k
 def test_the_bound_of_bases_is_no_part_of_a_batch_s_bound(folder: Path) -> None:
     files = {job_of(folder, [f"gradients.exact_basis_gib={gib}"]).budget_file(WARMUP) for gib in (1, 2)}
     assert len(files) == 1
+
+
+def test_actors_that_share_a_memory_measure_a_batch_s_bound_of_their_own(folder: Path) -> None:
+    files = {job_of(folder, [f"ray.actors={actors}"]).budget_file(WARMUP) for actors in (1, 2)}
+    assert len(files) == 2
