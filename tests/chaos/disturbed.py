@@ -27,7 +27,7 @@ SHARD_ROWS = 4
 """Small: a run can be stopped at many places."""
 
 DEADLINE_SECONDS = 400.0
-"""What takes so long hangs: on two slow cores that other work shares, the longest run took half of that."""
+"""What takes so long hangs. On two cores of a CPU of 2017 that other work shared, some runs took more than 180."""
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -99,13 +99,13 @@ def finish(config: Path, expected: int = 0, **settings: str) -> str:
     return text
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until something holds; fail if the process ends before."""
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], every: float = 0.005) -> None:
+    """Look every so many seconds until something holds; fail if the process ends before."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert process.poll() is None, f"the run ended with {process.returncode} before it was disturbed"
         assert time.monotonic() < deadline, "the run hangs"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def receipts(workspace: Path) -> list[Path]:
