@@ -44,7 +44,7 @@ class Job:
         warmup_fraction, warmup_epochs, warmup_gpus: The warm-up's rows, passes and GPUs. A training step is taken to
             cost what scoring does.
         num_pairs: Of all targets; two passes each at every checkpoint, on one GPU.
-        reduced_rows: A second, at D 8192: a little below the bytes a second of ``benchmarks/reduce.py`` at D 1024.
+        reduced_rows: A second, at D 8192, in int8: ``benchmarks/reduce.py --part wide`` has 2,200 on a CPU of 2017.
     """
 
     rows: int = 1_000_000
