@@ -1,4 +1,4 @@
-"""The ranks of gangs in this session's Ray, and the loss of one."""
+"""The ranks of gangs in the cluster that a test is connected to, and the loss of one."""
 
 from __future__ import annotations
 

@@ -26,21 +26,27 @@ def bunches(seed: int, num_rows: int = 120, dim: int = 6) -> np.ndarray:
 def walk(rows: np.ndarray, max_cosine: float, ahead: int) -> tuple[list[int], dict[int, int]]:
     """Ask about rows in order, `ahead` of them waiting at a time."""
     chosen = CosineFilter(max_cosine)
-    kept, refused = [], {}
+    kept: list[int] = []
+    refused: dict[int, int] = {}
     for start in range(0, len(rows), ahead):
         places = range(start, min(start + ahead, len(rows)))
         for place in places:
             chosen.add(place, rows[place])
         for place in places:
-            match = chosen.find(place)
-            if match is None:
-                chosen.keep(place)
-                kept.append(place)
-            else:
-                chosen.drop(place)
-                refused[place] = match
+            decide(chosen, place, kept, refused)
             assert place not in chosen
     return kept, refused
+
+
+def decide(chosen: CosineFilter, place: int, kept: list[int], refused: dict[int, int]) -> None:
+    """Keep or drop a row that waits, and note which."""
+    match = chosen.find(place)
+    if match is None:
+        chosen.keep(place)
+        kept.append(place)
+    else:
+        chosen.drop(place)
+        refused[place] = match
 
 
 @pytest.mark.parametrize("max_cosine", [0.2, 0.8, 0.95])
@@ -58,7 +64,7 @@ def test_against_all_pairs(
         assert len(expected[0]) > 3 and len(expected[1]) > 3
 
 
-def test_what_float32_cannot_tell_is_decided_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_float32_cannot_tell_is_decided_in_float64() -> None:
     rows = bunches(0)
     exact = rows[5].astype(np.float64) @ rows[6].astype(np.float64)
     for bound, kept in ((exact, True), (np.nextafter(exact, 0), False)):
@@ -91,17 +97,12 @@ def test_a_restart_gives_what_a_fresh_filter_gives(monkeypatch: pytest.MonkeyPat
     for place, row in enumerate(rows):
         chosen.add(place, row)
     for _ in range(2):
-        kept, refused = [], {}
+        kept: list[int] = []
+        refused: dict[int, int] = {}
         for place, row in enumerate(rows):
             if place not in chosen:
                 chosen.add(place, row)
-            match = chosen.find(place)
-            if match is None:
-                chosen.keep(place)
-                kept.append(place)
-            else:
-                chosen.drop(place)
-                refused[place] = match
+            decide(chosen, place, kept, refused)
         assert (kept, refused) == greedy_diverse_rows(rows, 0.8)
         chosen.restart()
         assert all(place in chosen for place in kept)
