@@ -157,7 +157,7 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
     config = job.config
     entries = {entry["shard"]: entry["num_rows"] - entry["num_skipped"] for entry in pool.facts["shards"]}
     if not pairs:
-        return no_work(job.config.ray.actors, job.config.ray.gpus_per_actor)
+        return replace(no_work(config.ray.actors, config.ray.gpus_per_actor), row_states=config.row_states)
     warmup = pinned_warmup(job)
     missing, bases, banks = list(entries), [t.name for t in config.targets if config.is_exact(t)], list(pairs)
     spaces = [*([] if config.gradients.projection.kind == "exact" else [""]), *bases]
@@ -194,6 +194,7 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
         fraction=max(_fraction(target, tokens) for target in config.gradient_targets),
         held_bytes=_held_bytes(job, num_checkpoints, exact),
         basis_lines=[choice.line() for choice in choices],
+        row_states=job.config.row_states,
         ranks=config.ray.ranks_per_actor,
         base_bytes=job.identity.base_bytes,
         largest_bytes=job.identity.largest_bytes,

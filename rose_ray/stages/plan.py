@@ -123,6 +123,7 @@ class Work:
         fraction: The largest share of the pool that is selected.
         held_bytes: What an actor or rank holds in the host's memory for all checkpoints.
         basis_lines: What the bases of exact targets keep, for people.
+        row_states: States of the base model that selections compare rows by; not foretold.
         ranks: That share an actor's model.
         base_bytes, largest_bytes: Of the base's parameters, and of the largest one.
     """
@@ -146,6 +147,7 @@ class Work:
     fraction: float
     held_bytes: int = 0
     basis_lines: Sequence[str] = ()
+    row_states: Sequence[str] = ()
     ranks: int = 1
     base_bytes: int = 0
     largest_bytes: int = 0

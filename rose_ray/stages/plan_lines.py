@@ -22,6 +22,9 @@ def plan_lines(
     yield from _token_lines(tokens, num_shards)
     for target, method in (others or {}).items():
         yield f"target {target}: method {method} is not foretold"
+    if work.row_states:
+        states = " and ".join(work.row_states)
+        yield f"selection.diversity: states {states} of the base model, a forward pass for every row, are not foretold"
     if others and not work.num_pairs:
         yield "no target is scored by gradients: no warm-up, no bank, no features"
         return

@@ -13,6 +13,7 @@ from rose_ray.stages.plan import (
     features_seconds,
     held_bytes,
     makespan,
+    no_work,
     num_positions,
     predict,
     stored_bytes,
@@ -175,6 +176,15 @@ def test_what_is_left_out_of_the_sum_is_said() -> None:
     for others, text in (({}, "without select"), ({"c": "gist"}, "without select and without what scores c")):
         (line,) = (line for line in plan_lines(TOKENS, WORK, RATES, plan, 3, others) if line.startswith("in all"))
         assert line.endswith(f"  {text}")
+
+
+@pytest.mark.parametrize("work", [WORK, no_work(1, 0.0)])
+def test_states_that_rows_are_compared_by_are_said_to_be_left_out(work: Work) -> None:
+    for states in ([], ["rds", "rds_plus"]):
+        asking = replace(work, row_states=states)
+        lines = plan_lines(TOKENS, asking, None, predict(asking, TOKENS, None), 3, {"c": "deita"})
+        said = [line for line in lines if line.startswith("selection.diversity: states rds and rds_plus of the base")]
+        assert len(said) == bool(states)
 
 
 def test_bases_that_are_missing_are_work_to_do() -> None:
