@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rose_ray.config.model_methods import LossDropOptions, NuggetsOptions
 from rose_ray.config.numbers import with_floats
@@ -35,6 +36,7 @@ class Needs:
         model: The base model, in scoring actors.
         adapter: The model's empty adapter slot, to train it; implies ``model``. What `lora` says then counts.
         warmup: The warm-up's checkpoints; implies ``model``.
+        own_models: Models that the method loads by itself, in scoring actors; the base model only if asked for as well.
     """
 
     pairs: bool = False
@@ -42,11 +44,17 @@ class Needs:
     model: bool = False
     adapter: bool = False
     warmup: bool = False
+    own_models: bool = False
+
+    @property
+    def base_model(self) -> bool:
+        """Whether the base model has to be loaded."""
+        return self.model or self.adapter or self.warmup
 
     @property
     def any_model(self) -> bool:
-        """Whether the base model has to be loaded."""
-        return self.model or self.adapter or self.warmup
+        """Whether rows are scored in the actors that have the devices."""
+        return self.base_model or self.own_models
 
 
 class NoOptions(Strict):
@@ -98,6 +106,36 @@ class DsirOptions(Strict):
     )
 
 
+class ScorerConfig(Strict):
+    """A causal language model that was trained to answer with a number."""
+
+    model: str = Field(min_length=1, description="Folder or Hugging Face name of model and tokenizer.")
+    prompt: str = Field(
+        description="The text that it was trained to continue with a number: {instruction} stands for a turn's "
+        "question, {answer} for its answer. Nothing is added but what its tokenizer adds."
+    )
+    labels: list[str] = Field(
+        default_factory=lambda: ["1", "2", "3", "4", "5", "6"],
+        min_length=2,
+        description="Numbers that it answers with, each one token; the score is their mean by probability.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of its weights.")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct_numbers(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            try:
+                finite = math.isfinite(float(label))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise ValueError(f"expected numbers as text, such as '1', found {label!r}")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"expected each number once, found {labels}")
+        return labels
+
+
 class DeitaOptions(Strict):
     """Of ``deita``."""
 
@@ -111,17 +149,37 @@ class DeitaOptions(Strict):
         None, min_length=1, description="Parquet files of row_id, complexity and quality, instead of keys of records."
     )
 
+    complexity_scorer: ScorerConfig | None = Field(
+        None, description="Model that gives a turn's complexity, run in the scoring actors; see docs/methods.md."
+    )
+    quality_scorer: ScorerConfig | None = Field(None, description="The same for its quality.")
+
     @model_validator(mode="after")
     def _has_scorers(self) -> DeitaOptions:
-        fields = [self.complexity_field, self.quality_field]
-        if self.scores_files is not None and any(fields):
-            raise ValueError("scores_files and fields of the record contradict each other: set one of them")
-        if self.scores_files is None and not all(fields):
+        named: dict[str, list[object]] = {
+            "fields of the record": [self.complexity_field, self.quality_field],
+            "scores_files": [self.scores_files],
+            "scorers": [self.complexity_scorer, self.quality_scorer],
+        }
+        given = [name for name, values in named.items() if any(value is not None for value in values)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: set one of them")
+        if not given or None in named[given[0]]:
             raise ValueError(
                 "deita multiplies a complexity by a quality that trained scorers gave, and none are named: set "
-                "complexity_field and quality_field, or scores_files. It is not imitated without them"
+                "complexity_field and quality_field, or scores_files, or complexity_scorer and quality_scorer. It is "
+                "not imitated without them"
             )
+        self._check_prompts()
         return self
+
+    def _check_prompts(self) -> None:
+        wanted = {"complexity_scorer": ["{instruction}"], "quality_scorer": ["{instruction}", "{answer}"]}
+        for key, places in wanted.items():
+            scorer: ScorerConfig | None = getattr(self, key)
+            lacking = [place for place in places if scorer is not None and place not in scorer.prompt]
+            if lacking:
+                raise ValueError(f"{key}.prompt: expected {' and '.join(places)} in it, lacks {' and '.join(lacking)}")
 
 
 @dataclass(frozen=True)

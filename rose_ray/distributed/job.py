@@ -99,7 +99,7 @@ class Job:
         Raises:
             ResourceError: They cannot; the message has DeepSpeed's reason.
         """
-        if needs_of(self.config).any_model and self.config.model.deepspeed.offload_parameters == "nvme":
+        if needs_of(self.config).base_model and self.config.model.deepspeed.offload_parameters == "nvme":
             ray.get(self.model_task(check_offload, self.config.model, device_of(self.config.ray)))
 
     def bare_space(self, warmup: Manifest) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class MethodActor(ModelHolder):
         """What the method is given."""
         spec = self.spec
         checkpoints = tuple(self.checkpoints)
-        return MethodModel(self.model, cached_tokeniser(spec.model), checkpoints, spec.max_batch_tokens)
+        tokeniser = cached_tokeniser(spec.model)
+        return MethodModel(lambda: self.model, spec.device, tokeniser, checkpoints, spec.max_batch_tokens)
 
     @functools.cached_property
     def state(self) -> Arrays:

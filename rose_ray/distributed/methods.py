@@ -111,7 +111,7 @@ def score_by_methods(
         method = methods[target.name]
         told = Target(target.name, tuple(pairs[target.name]) if method.needs.pairs else ())
         model = _model_content(job, method, warmup)
-        content = steps.method_content(method, target.method, told, lengths, model)
+        content = ray.get(job.task(steps.method_content, method, target.method, told, lengths, model))
         run = MethodRun(method, told, content, lengths, pool.key)
         _score_target(view, target, run, model, warmup if method.needs.warmup else None)
 
@@ -164,7 +164,7 @@ def check_methods(config: JobConfig) -> None:
     for target in config.method_targets:
         if method_of(target).needs.any_model and config.ray.ranks_per_actor > 1:
             raise ConfigError(
-                f"target {target.name}: method {target.method} needs the model whole in one actor, but "
+                f"target {target.name}: method {target.method} needs its model whole in one actor, but "
                 f"ray.ranks_per_actor is {config.ray.ranks_per_actor}: set it to 1, or leave the target out."
             )
     if config.row_states and config.ray.ranks_per_actor > 1:
@@ -176,7 +176,7 @@ def check_methods(config: JobConfig) -> None:
 
 def _model_content(job: Job, method: Method[Any], warmup: Manifest | None) -> dict[str, Any]:
     needs = method.needs
-    if not needs.any_model:
+    if not needs.base_model:
         return {}
     model = job.config.model
     content: dict[str, Any] = {"base": job.identity.base, "dtype": model.dtype, "quantized": model.quantized}

@@ -37,7 +37,7 @@ def validate_job(config: JobConfig) -> Iterator[str]:
             yield f"pool file {location.name}: {detected}"
     check_methods(config)
     needs = needs_of(config)
-    identity = describe_model(config.model, config.lora) if needs.any_model else None
+    identity = describe_model(config.model, config.lora) if needs.base_model else None
     if identity is not None:
         yield from _model_lines(config, identity)
     tokeniser = load_tokeniser(config.model)
@@ -73,6 +73,8 @@ def _target_lines(
     config: JobConfig, target: TargetConfig, tokeniser: Tokeniser, identity: ModelIdentity | None
 ) -> Iterator[str]:
     method = "" if target.uses_gradients else f"method {target.method}, "
+    if method:
+        method_of(target).content()  # reads the method's own files and models, which may not be there
     if not target.pairs:
         yield f"target {target.name}: {method}no pairs"
         return
@@ -80,7 +82,7 @@ def _target_lines(
     counts = Counter(pair.subtask for pair in pairs)
     subtasks = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = f"target {target.name}: {method}{len(pairs)} pairs ({subtasks})"
-    if not (target.uses_gradients or method_of(target).needs.any_model):
+    if not (target.uses_gradients or method_of(target).needs.base_model):
         yield found  # no run tokenises them
         return
     encoded = encode_pairs(pairs, tokeniser, target)

@@ -1,6 +1,7 @@
 """DEITA's score (Liu et al., arXiv:2312.15685): complexity times quality, summed over the turns of a conversation.
 
-Both come from scorers that were trained for it, so the user brings their numbers; nothing here stands in for them.
+Both come from scorers that were trained for it. The user brings their numbers, or the models themselves, which then run
+in the scoring actors; nothing here stands in for them.
 """
 
 from __future__ import annotations
@@ -8,32 +9,46 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rose_ray.config.method import DeitaOptions
+from rose_ray.config.method import DeitaOptions, Needs, ScorerConfig
 from rose_ray.data.digests import row_id_words
 from rose_ray.data.strict_json import parse_object
 from rose_ray.errors import DataError
 from rose_ray.filesystem import Location, expand, read_bytes
 from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Scored, Target
 
+if TYPE_CHECKING:  # where the numbers are given, nothing has to load torch
+    from rose_ray.model.number_scorer import NumberScorer
+
 _COLUMNS = ("complexity", "quality")
 
 
 class Deita(Method[DeitaOptions]):
-    """Numbers from keys of the record, or from Parquet files; a row without them is rejected, with the reason."""
+    """Numbers from keys of the record, from Parquet files or from models; rows without are rejected, with a reason."""
 
     options_model = DeitaOptions
     columns = "one"
 
+    def __init__(self, options: DeitaOptions) -> None:
+        super().__init__(options)
+        self._loaded: list[NumberScorer] | None = None
+        if options.complexity_scorer is not None:
+            self.needs = Needs(own_models=True)
+
     def content(self) -> Mapping[str, Any]:
-        """Digests of the files."""
-        return {"files": [hashlib.sha256(read_bytes(file)).hexdigest() for file in self._files]}
+        """Digests of the files, or of the models."""
+        content: dict[str, Any] = {"files": [hashlib.sha256(read_bytes(file)).hexdigest() for file in self._files]}
+        if self.options.complexity_scorer is not None:
+            from rose_ray.model.number_scorer import scorer_digest
+
+            content["scorers"] = [scorer_digest(config) for config in self._scorer_configs]
+        return content
 
     def prepare(self, target: Target, statistics: Arrays, model: MethodModel | None) -> Arrays:
         """Return the files' rows, sorted: words of their ids, uint64 [M, 2], and scores, float64 [M].
@@ -57,6 +72,9 @@ class Deita(Method[DeitaOptions]):
 
     def score(self, rows: PoolRows, state: Arrays, model: MethodModel | None) -> Scored:
         """Return the rows' sums of products."""
+        if self.options.complexity_scorer is not None:
+            assert model is not None
+            return self._from_models(rows, model)
         values, rejected = np.zeros((len(rows), 1)), dict[int, tuple[str, str]]()
         found = self._from_files(rows, state) if self._files else self._from_records(rows)
         for place, value in enumerate(found):
@@ -65,6 +83,27 @@ class Deita(Method[DeitaOptions]):
             else:
                 values[place] = value
         return Scored(values, rejected)
+
+    def _from_models(self, rows: PoolRows, model: MethodModel) -> Scored:
+        from rose_ray.stages.turn_scores import turn_products
+
+        complexity, quality = zip(self._scorers(model.device), [c.prompt for c in self._scorer_configs], strict=True)
+        found = turn_products(rows.conversations, complexity, quality, max_batch_tokens=model.max_batch_tokens)
+        return Scored(found.values_NU, found.rejected)
+
+    @property
+    def _scorer_configs(self) -> list[ScorerConfig]:
+        complexity, quality = self.options.complexity_scorer, self.options.quality_scorer
+        assert complexity is not None and quality is not None
+        return [complexity, quality]
+
+    def _scorers(self, device: str) -> list[NumberScorer]:
+        # A method travels to its actor by pickle and loads its models there, once.
+        if self._loaded is None:
+            from rose_ray.model.number_scorer import NumberScorer
+
+            self._loaded = [NumberScorer(config, device) for config in self._scorer_configs]
+        return self._loaded
 
     @cached_property
     def _files(self) -> list[Location]:

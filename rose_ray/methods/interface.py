@@ -19,7 +19,7 @@ What travels and is kept (statistics, state) is a mapping of names to numpy arra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -106,20 +106,30 @@ class Target:
 
 @dataclass(frozen=True)
 class MethodModel:
-    """The base model in a scoring actor, for methods that need it.
+    """What a scoring actor has, for methods that need the base model or a device for models of their own.
 
     Attributes:
-        scoring: With one empty adapter slot; ``without_adapter()`` gives the untouched base.
+        load: Loads the base model; see ``scoring``.
+        device: Where models go: ``cpu`` or ``cuda``.
         tokeniser: The base model's, with template and limit.
         checkpoints: Of the warm-up, in order of training; empty where the method does not need it. Copy one into the
             slot with ``scoring.load_adapter(checkpoint.adapter)``.
         max_batch_tokens: Bound on rows times length of a batch.
     """
 
-    scoring: ScoringModel
+    load: Callable[[], ScoringModel]
+    device: str
     tokeniser: Tokeniser
     checkpoints: tuple[Checkpoint, ...]
     max_batch_tokens: int
+
+    @cached_property
+    def scoring(self) -> ScoringModel:
+        """The base model with one empty adapter slot, loaded when first asked for.
+
+        ``without_adapter()`` gives the untouched base.
+        """
+        return self.load()
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,10 @@ class Method(Generic[Options]):
         self.options = options
 
     def content(self) -> Mapping[str, Any]:
-        """What scores depend on besides options, rows and target, as JSON; digests of files, for instance."""
+        """What scores depend on besides options, rows and target, as JSON; digests of files, for instance.
+
+        Asked for on a worker: the driver may be a machine without the files.
+        """
         return {}
 
     def survey(self, rows: PoolRows, target: Target) -> Arrays:
@@ -180,7 +193,7 @@ class Method(Generic[Options]):
         return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
 
     def prepare(self, target: Target, statistics: Arrays, model: MethodModel | None) -> Arrays:
-        """Return what `score` has to know. Runs in a scoring actor where ``needs.model``, and has no model else."""
+        """Return what `score` has to know. Runs in a scoring actor where ``needs.any_model``, and has no model else."""
         return {}
 
     def score(self, rows: PoolRows, state: Arrays, model: MethodModel | None) -> Scored:

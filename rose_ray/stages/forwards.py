@@ -40,21 +40,28 @@ class RowValues:
 def forward_values(
     model: ScoringModel, samples: Sequence[Sample], compute: Callable[[Batch], Tensor], *, max_batch_tokens: int
 ) -> RowValues:
-    """Run samples through the model in batches of like length.
+    """Run samples through the model as it stands, as `model_values`."""
+    return model_values(samples, compute, model.device, max_batch_tokens=max_batch_tokens)
+
+
+def model_values(
+    samples: Sequence[Sample], compute: Callable[[Batch], Tensor], device: torch.device, *, max_batch_tokens: int
+) -> RowValues:
+    """Run samples through a model in batches of like length.
 
     A batch's make-up changes a value by rounding alone: matrix products of another shape add up in another order.
 
     Args:
-        model: As it stands.
         samples: In any order; results come in it.
         compute: Gives the numbers [B] or [B, U] of a batch, under ``torch.no_grad``.
+        device: Of the model.
         max_batch_tokens: Bound on rows times longest row. A batch that does not fit into memory is halved; a sample
             that does not fit alone is rejected as ``out_of_memory``.
 
     Returns:
         Values in the samples' order. What is not finite stays as it is: the caller knows what to call it.
     """
-    runner = HalvingRunner(model.device, max_batch_tokens)
+    runner = HalvingRunner(device, max_batch_tokens)
     values_NU: NDArray[np.float64] | None = None
     with torch.no_grad():
         for indices, found in runner.batches(samples, compute):

@@ -32,7 +32,16 @@ def targets(inputs: Path) -> list[dict[str, Any]]:
             "method_options": {"anchors": "pool", "num_anchors": 4, "drawn_rows": 20},
             **few,
         },
+        {"name": "rated", "method": "deita", "method_options": scorers(inputs), **few},
     ]
+
+
+def scorers(inputs: Path) -> dict[str, Any]:
+    model = {"model": tiny.tiny_content(inputs, "ws")["model"]["base"], "dtype": "float32"}
+    return {
+        "complexity_scorer": {**model, "prompt": "{instruction}\nHow hard?"},
+        "quality_scorer": {**model, "prompt": "{instruction}\n{answer}\nHow good?"},
+    }
 
 
 def test_each_runs_and_is_found_again(finished: FinishedJob, copied: Path) -> None:
@@ -56,6 +65,8 @@ def test_each_runs_and_is_found_again(finished: FinishedJob, copied: Path) -> No
         subtasks = tiny.SUBTASKS if name in ("alpha", "span", "weighted") else (name,)
         assert scores.facts["subtasks"] == list(subtasks)
         assert len(set(table["score"].to_pylist())) > 1, name
+    rated = read_file(copied, result.scores["rated"], "scores.parquet")["score"].to_numpy()
+    assert (rated >= 1).all() and (rated <= 2 * 36).all()  # at most two turns, numbers from 1 to 6
     span = read_file(copied, result.scores["span"], "scores.parquet")["score"].to_numpy()
     assert (np.abs(span) <= 1 + 1e-6).all()  # a mean of cosines, as float32
     assert read_file(copied, result.scores["hard"], "scores.parquet")["score"].to_numpy().max() <= 1

@@ -123,7 +123,7 @@ def test_a_preset_is_for_targets_of_gradients() -> None:
         ({"name": "t", "method": "deita"}, "trained scorers gave, and none are named"),
         (
             {"name": "t", "method": "deita", "method_options": {"complexity_field": "c", "scores_files": ["f"]}},
-            "scores_files and fields of the record contradict each other",
+            "fields of the record and scores_files contradict each other",
         ),
     ],
 )

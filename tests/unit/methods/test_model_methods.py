@@ -60,7 +60,7 @@ def a_pool() -> list[tuple[str, str]]:
 def model(base_folder: str) -> MethodModel:
     config = ModelConfig(base=base_folder, max_tokens=64)
     module = attach_adapter(load_base(config, dtype=torch.float64), LORA, dropout=0)
-    return MethodModel(ScoringModel(module, "cpu"), load_tokeniser(config), (), 200)
+    return MethodModel(lambda: ScoringModel(module, "cpu"), "cpu", load_tokeniser(config), (), 200)
 
 
 def _stage_scores(name: str, model: MethodModel) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_a_drawn_row_that_fills_the_model_is_no_anchor(base_folder: str, monkeyp
     config = ModelConfig(base=base_folder, max_tokens=64)
     module = attach_adapter(load_base(config, dtype=torch.float64), LORA, dropout=0)
     core_model(module).config.max_position_embeddings = 64  # no room beside a row of full length
-    full = MethodModel(ScoringModel(module, "cpu"), load_tokeniser(config), (), 200)
+    full = MethodModel(lambda: ScoringModel(module, "cpu"), "cpu", load_tokeniser(config), (), 200)
     method = make_method("nuggets", anchors="pool", num_anchors=3, drawn_rows=5)
     rows = make_rows([*a_pool()[:4], ("Tell me all.", "stone " * 90)])
     assert max(len(sample.input_ids) for sample in rows.samples(full.tokeniser)) == 64
