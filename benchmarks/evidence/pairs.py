@@ -42,7 +42,7 @@ class TaskPairs:
         pool: The pool without the control's rows.
         steering: ``pairs`` of the targets.
         held_out: ``held_out`` of the evaluation.
-        left_out: Pairs passed over, by file: too long for the model, or held out and asking what a steering pair asks.
+        left_out: Pairs passed over, by file: too long for the model, or held out and asking what another pair asks.
     """
 
     pool: Path
@@ -150,19 +150,27 @@ class _Chooser:
         return self._write(path, [pairs[place][1] for place in taken])
 
     def held_out(self, path: Path, number: int) -> Path:
-        """Pairs in a random order, none of which asks what a steering pair asks: the evaluation would refuse it."""
+        """Pairs in a random order, one a prompt: intervals take items as independent.
+
+        None asks what a steering pair asks: the evaluation would refuse it.
+        """
         pairs = _pairs_and_lines(path)
         Random(0).shuffle(pairs)
-        return self._write(path, [pairs[place][1] for place in self._take(path, pairs, number)])
+        return self._write(path, [pairs[place][1] for place in self._take(path, pairs, number, one_a_prompt=True)])
 
-    def _take(self, path: Path, pairs: Sequence[tuple[PreferencePair, str]], number: int) -> list[int]:
+    def _take(
+        self, path: Path, pairs: Sequence[tuple[PreferencePair, str]], number: int, *, one_a_prompt: bool = False
+    ) -> list[int]:
         taken: list[int] = []
+        asked = set(self._asked)
         passed_over = 0
         for place, (pair, _) in enumerate(pairs):
             if len(taken) == number:
                 break
-            if _asks(pair) not in self._asked and self._fits(pair):
+            if _asks(pair) not in asked and self._fits(pair):
                 taken.append(place)
+                if one_a_prompt:
+                    asked.add(_asks(pair))
             else:
                 passed_over += 1
         if len(taken) < number:

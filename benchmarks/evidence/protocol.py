@@ -24,6 +24,7 @@ MAX_TOKENS = 1024
 
 SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "rose": {},
+    "rose_exact": {"exact": True},
     "rose_balanced": {"objective": "rose_balanced"},
     "rose_simpo": {"objective": "rose_simpo"},
     "less": {"method": "less"},
