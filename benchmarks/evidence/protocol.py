@@ -45,6 +45,7 @@ class Scale:
         budgets: Shares of the pool selected.
         seeds: Trainings of each selection.
         epochs: Of the fine-tuning and of the warm-up.
+        adam: What a gradient becomes.
     """
 
     share: float = 0.11576
@@ -53,6 +54,7 @@ class Scale:
     budgets: tuple[float, ...] = (0.01, 0.05)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 2
+    adam: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def protocol(
         },
         "targets": _targets(pairs, scale, tasks, selectors),
         "warmup": {"fraction": 0.2, **training},
-        "gradients": {"max_batch_tokens": 2048},
+        "gradients": {"max_batch_tokens": 2048, "adam": scale.adam},
         "ray": {"address": "local", "actors": 2, "cpus_per_actor": 0.75},
     }
     evaluation: dict[str, Any] = {
@@ -117,15 +119,20 @@ def protocol(
     }
     configs = {}
     for task in tasks:
-        arms = [f"{task}-{name}" for name in selectors]
+        arms = [arm_name(task, name, scale) for name in selectors]
         configs[task] = {**job, "evaluation": {**evaluation, "arms": arms, "held_out": pairs.held_out[task]}}
     return Protocol(configs, pairs.left_out)
+
+
+def arm_name(task: str, selector: str, scale: Scale) -> str:
+    """Return a target's name. Another Adam mode stands in it: workspaces keep the latest selection of a name."""
+    return f"{task}-{selector}" + (f"-{scale.adam}" if scale.adam != "torch" else "")
 
 
 def _targets(pairs: TaskPairs, scale: Scale, tasks: Sequence[str], selectors: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
-            "name": f"{task}-{name}",
+            "name": arm_name(task, name, scale),
             "pairs": pairs.steering[task],
             **SELECTORS[name],
             "selection": {"fraction": max(scale.budgets)},

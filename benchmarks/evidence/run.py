@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence.run --data ../shared --out benchmarks/results
     python -m benchmarks.evidence.run --data ../shared --share 0.01 --tasks control --selectors rose bm25 --seeds 0
+    python -m benchmarks.evidence.run --data ../shared --adam sgd --selectors rose less --budgets 0.05
 
 The job and its evaluations are `rose-ray evaluate`, once a task: what is done is found when the command is given again.
 Beside the tables stand what was selected at every budget: how much of the control's source, lengths, and how far two
@@ -58,7 +59,13 @@ def main() -> None:
     """Run the protocol and write what came of it."""
     options = _options()
     scale = Scale(
-        options.share, options.shots, options.held_out, tuple(options.budgets), tuple(options.seeds), options.epochs
+        options.share,
+        options.shots,
+        options.held_out,
+        tuple(options.budgets),
+        tuple(options.seeds),
+        options.epochs,
+        options.adam,
     )
     scratch, data = options.scratch.resolve(), options.data.resolve()
     base = options.base or str(data / "models/tiny-llama-4m")
@@ -81,9 +88,10 @@ def main() -> None:
     # What an earlier start has done is found, and not counted.
     facts["seconds of the last start"] = round(time.monotonic() - started)
     if options.out:
-        write_results("evidence", sections, facts, options.out)
+        results = "evidence" if scale.adam == "torch" else f"evidence-{scale.adam}"
+        write_results(results, sections, facts, options.out)
         for name, text in tables.items():
-            (options.out / f"{date.today().isoformat()}-evidence-{name}").write_text(text, encoding="utf-8")
+            (options.out / f"{date.today().isoformat()}-{results}-{name}").write_text(text, encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -102,6 +110,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(default.budgets))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(default.seeds))
     parser.add_argument("--epochs", type=int, default=default.epochs)
+    parser.add_argument(
+        "--adam", choices=("torch", "less_code", "v_only", "sgd"), default=default.adam, help="what a gradient becomes"
+    )
     return parser.parse_args()
 
 

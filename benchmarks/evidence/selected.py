@@ -12,18 +12,20 @@ from benchmarks.evidence.pairs import CONTROL_SOURCE
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE
 from rose_ray.errors import StoreError
 from rose_ray.evaluate.index import Index
+from rose_ray.kernels.correlation import spearman
 from rose_ray.stores.history import latest_version
 from rose_ray.stores.manifest import Manifest, read_manifest
 from rose_ray.stores.workspace import Workspace
 
-_COLUMNS = ["row_id", "source", "num_tokens"]
+_COLUMNS = ["row_id", "source", "num_labelled_tokens", "score"]
 
 
 def selected_rows(workspace: Workspace, index: Index, task: str) -> list[dict[str, Any]]:
     """Return a row for every budget of every target of a task, behind one for all that was scored.
 
     ``recall`` is the share of the control's source that was selected, of its rows in the sampled pool; a random
-    selection has the budget's. ``precision`` is that source's share of the selection.
+    selection has the budget's. ``precision`` is that source's share of the selection. ``score by length`` is Spearman's
+    correlation of the scores of all rows with the lengths of their answers.
 
     Args:
         workspace: Of the run.
@@ -45,8 +47,14 @@ def selected_rows(workspace: Workspace, index: Index, task: str) -> list[dict[st
             scored = _scored(workspace, _scores(workspace, arm))
             rows.append(_row(f"all that {arm} scored", None, scored, pool, None))
         rose = chosen.get((f"{task}-rose", budget))
-        rows.append(_row(arm, budget, table, pool, None if rose is None else rose[1]))
+        row = _row(arm, budget, table, pool, None if rose is None else rose[1])
+        rows.append(row | {"score by length": _by_length(_scored(workspace, _scores(workspace, arm)))})
     return rows
+
+
+def _by_length(scored: pa.Table) -> float | None:
+    score_N, length_N = (scored[name].to_numpy() for name in ("score", "num_labelled_tokens"))
+    return spearman(score_N.astype(np.float64), length_N.astype(np.float64))
 
 
 def _row(name: str, budget: float | None, table: pa.Table, pool: Manifest, rose: pa.Table | None) -> dict[str, Any]:
@@ -58,10 +66,12 @@ def _row(name: str, budget: float | None, table: pa.Table, pool: Manifest, rose:
         "target": name,
         "budget": budget,
         "rows": table.num_rows,
-        "tokens, median": float(np.median(table["num_tokens"].to_numpy())),
+        "answer tokens, median": float(np.median(table["num_labelled_tokens"].to_numpy())),
+        "answer tokens": int(table["num_labelled_tokens"].to_numpy().sum()),
         f"recall of {CONTROL_SOURCE}": sources[CONTROL_SOURCE] / in_pool if in_pool else None,
         f"precision of {CONTROL_SOURCE}": sources[CONTROL_SOURCE] / table.num_rows,
         "Jaccard with rose": len(own & other) / len(own | other) if other else None,
+        "score by length": None,
         "most from": ", ".join(f"{source} {count / table.num_rows:.0%}" for source, count in sources.most_common(3)),
     }
 

@@ -119,7 +119,8 @@ def test_recall_precision_and_agreement_of_every_budget(tmp_path: Path) -> None:
     rows = [("c0", CONTROL_SOURCE, 10), ("c1", CONTROL_SOURCE, 20), ("b0", "b", 30), ("b1", "b", 40), ("b2", "b", 50)]
 
     def table(*places: int) -> pa.Table:
-        chosen = [dict(zip(("row_id", "source", "num_tokens"), rows[place], strict=True)) for place in places]
+        names = ("row_id", "source", "num_labelled_tokens")
+        chosen = [dict(zip(names, rows[place], strict=True)) | {"score": -1.0 * place} for place in places]
         return pa.Table.from_pylist(chosen)
 
     # A third row of the source was rejected, and counts as one that was not found.
@@ -142,7 +143,7 @@ def test_recall_precision_and_agreement_of_every_budget(tmp_path: Path) -> None:
         make_latest(workspace, arm, made, pool.key)
     entries += [Entry("control-bm25", 1.0, 5, 0, "model"), Entry("random", 0.1, 1, 0, "model")]
     found = selected_rows(workspace, Index(entries, {}, [0], 6), "control")
-    keys = ("target", "budget", "rows", "tokens, median", f"recall of {CONTROL_SOURCE}")
+    keys = ("target", "budget", "rows", "answer tokens, median", f"recall of {CONTROL_SOURCE}")
     assert [tuple(row[key] for key in keys) for row in found] == [
         ("all that control-rose scored", None, 5, 30.0, 2 / 3),
         ("control-rose", 0.1, 1, 10.0, 1 / 3),
@@ -153,6 +154,9 @@ def test_recall_precision_and_agreement_of_every_budget(tmp_path: Path) -> None:
     ]
     assert [row[f"precision of {CONTROL_SOURCE}"] for row in found] == [2 / 5, 1.0, 1.0, 0.0, 0.5, 2 / 5]
     assert [row["Jaccard with rose"] for row in found] == [None, 1.0, 1.0, 0.0, 1 / 3, None]
+    assert [row["answer tokens"] for row in found] == [150, 10, 30, 30, 60, 150]
+    assert found[0]["score by length"] is None
+    assert [row["score by length"] for row in found[1:]] == pytest.approx([-1.0] * 5)  # the best answer is shortest
     assert found[4]["most from"] == f"{CONTROL_SOURCE} 50%, b 50%"
 
 
