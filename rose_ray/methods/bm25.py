@@ -94,9 +94,7 @@ class Bm25(Method[Bm25Options]):
 
     def _words(self, texts: list[str]) -> list[list[str]]:
         stopwords = "english" if self.options.stopwords == "english" else []
-        words: list[list[str]] = _library().tokenize(
-            texts, stopwords=stopwords, return_ids=False, show_progress=False
-        )
+        words: list[list[str]] = _library().tokenize(texts, stopwords=stopwords, return_ids=False, show_progress=False)
         return words
 
 
@@ -106,6 +104,6 @@ def _library() -> Any:
         return importlib.import_module("bm25s")
     except ImportError as error:
         raise ConfigError(
-            f"method bm25 needs the package bm25s, and {platform.node()} cannot import it ({error}): pip install bm25s, "
+            f"method bm25 needs the package bm25s, and {platform.node()} cannot import it ({error}): pip install bm25s "
             "on every machine of the cluster"
         ) from error

@@ -87,7 +87,7 @@ def test_without_the_library_one_message_says_what_to_install(monkeypatch: pytes
     travelling = pickle.dumps(make_method("bm25"))
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.delitem(sys.modules, "rose_ray.methods.bm25")
-    told = r"method bm25 needs the package bm25s, and .+ cannot import it \(.+\): pip install bm25s, on every machine"
+    told = r"method bm25 needs the package bm25s, and .+ cannot import it \(.+\): pip install bm25s on every machine"
     with pytest.raises(ConfigError, match=f"^target t: {told}"):
         make_method("bm25")
     on_a_worker = pickle.loads(travelling)  # without a check: what is lacking is said where the rows are read
