@@ -20,7 +20,10 @@ Json = Annotated[str | None, typer.Option("--json", help="Write everything as JS
 @reported
 def doctor(
     config: Config,
-    test: Annotated[list[str] | None, typer.Option("--test", help="Files of test texts to look for.")] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option("--test", help="Files of test texts, in place of the configuration's."),
+    ] = None,
     test_field: Annotated[
         list[str] | None,
         typer.Option("--test-field", help="Key whose text counts in those files; known keys if unset."),
@@ -38,6 +41,7 @@ def doctor(
     loaded = _loaded(config, overrides)
     from rose_ray.errors import ConfigError, PairError
     from rose_ray.filesystem import expand
+    from rose_ray.stages.diagnose.configured_tests import ConfiguredTests, configured_tests
     from rose_ray.stages.diagnose.doctor import examine
     from rose_ray.stages.diagnose.findings import report_lines
     from rose_ray.stages.diagnose.overlap import read_evaluation_texts
@@ -52,14 +56,21 @@ def doctor(
             pairs[target.name] = read_target_pairs(target, checked=False)
         except PairError as error:
             pairs[target.name] = error
-    tests = read_evaluation_texts(expand(test), fields=test_field, split=test_split) if test else None
+    if test:
+        known = read_evaluation_texts(expand(test), fields=test_field, split=test_split)
+        tests = ConfiguredTests(known, {"--test": len(known.names)}, {})
+    else:
+        tests = configured_tests(loaded)
+        for line in tests.lines():
+            typer.echo(line)
     limits = TextLimits(similarity=similar, subtask_pairs=subtask_pairs)
     reports = []
-    for number, report in enumerate(examine(_workspace_if_any(loaded), loaded, pairs, tests, limits)):
+    for number, report in enumerate(examine(_workspace_if_any(loaded), loaded, pairs, tests.known, limits)):
         reports.append(report)
         for line in [*([""] if number else []), *report_lines(report)]:
             typer.echo(line)
-    _write_json(json_file, {"targets": [report.as_json() for report in reports]})
+    told = {"test_texts": tests.counts, "test_texts_unread": tests.unread}
+    _write_json(json_file, {**told, "targets": [report.as_json() for report in reports]})
     if strict and not all(report.is_healthy for report in reports):
         raise typer.Exit(1)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,7 @@ _ENDPOINT_ONLY = {
     "backoff_seconds",
     "token_budget",
     "max_reply_tokens",
+    "extra_body",
     "parallel",
     "max_unusable",
 }
@@ -42,13 +44,17 @@ class JudgeConfig(Strict):
     api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$", max_length=64)] | None = Field(
         None, description="Environment variable that holds the endpoint's key; never the key itself."
     )
-    timeout_seconds: float = Field(60.0, gt=0, description="Of one request.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Of one request, until its reply is there whole.")
     retries: int = Field(3, ge=0, description="Further tries of a request that failed, or whose reply is no verdict.")
     backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first further try; doubles each time.")
     token_budget: int | None = Field(
         None, ge=1, description="Stop before this many tokens, prompts and replies, are spent in the workspace."
     )
     max_reply_tokens: int = Field(256, ge=1, description="Longest reply.")
+    extra_body: dict[str, Any] = Field(
+        {},
+        description="Parameters of the request, beside or instead of temperature: 0 and max_tokens; null removes one.",
+    )
     parallel: int = Field(4, ge=1, description="Requests at a time.")
     max_unusable: float = Field(
         0.1, ge=0, le=1, description="Largest share of comparisons without a verdict before the evaluation stops."
@@ -61,6 +67,18 @@ class JudgeConfig(Strict):
         if url is not None and (fault := _url_fault(url)):
             raise ValueError(f"{fault}; expected for instance https://host.example/v1")
         return url
+
+    @field_validator("extra_body")
+    @classmethod
+    def _parameters_of_a_request(cls, body: dict[str, Any]) -> dict[str, Any]:
+        fixed = sorted({"model", "messages", "stream"} & set(body))
+        if fixed:
+            raise ValueError(f"expected other parameters than {', '.join(fixed)}: a judge sets these itself")
+        try:
+            json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected what JSON can hold: {error}") from error
+        return body
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> JudgeConfig:

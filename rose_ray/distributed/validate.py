@@ -72,7 +72,9 @@ def _model_lines(config: JobConfig, identity: ModelIdentity) -> Iterator[str]:
 def _target_lines(
     config: JobConfig, target: TargetConfig, tokeniser: Tokeniser, identity: ModelIdentity | None
 ) -> Iterator[str]:
-    method = "" if target.uses_gradients else f"method {target.method}, "
+    lacks = target.method == "deita" and target.selection.diversity is None
+    filtered = " (selection.diversity, its filter, is not set)" if lacks else ""
+    method = "" if target.uses_gradients else f"method {target.method}{filtered}, "
     if method:
         method_of(target).content()  # reads the method's own files and models, which may not be there
     if not target.pairs:

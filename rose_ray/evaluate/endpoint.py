@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 from rose_ray.config.judge import JudgeConfig
@@ -33,6 +34,9 @@ _BARE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 _HEADER = re.compile(r"[!-~]+")
 _BYTES_PER_TOKEN = 3
 """Below what tokenizers reach on prose, so that an estimate is rather too high."""
+
+_REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
+"""Parameters of a request that bound what a reply costs."""
 
 _MAX_REPLY_BYTES = 1 << 20
 _SHOWN = 200
@@ -139,7 +143,7 @@ class EndpointJudge:
     def _paid(self, text: str) -> str:
         """Send one request and count its tokens."""
         config = self.config
-        estimate = math.ceil(len(text.encode()) / _BYTES_PER_TOKEN) + config.max_reply_tokens
+        estimate = math.ceil(len(text.encode()) / _BYTES_PER_TOKEN) + self._longest_reply()
         with self._lock:
             taken = self._spent + self._reserved
             if config.token_budget is not None and taken + estimate > config.token_budget:
@@ -161,13 +165,14 @@ class EndpointJudge:
                 self._reserved -= estimate
                 self._spent += used
 
+    def _longest_reply(self) -> int:
+        limits = [self.config.extra_body.get(name) for name in _REPLY_LIMITS]
+        return max([self.config.max_reply_tokens, *(limit for limit in limits if isinstance(limit, int))])
+
     def _send(self, text: str) -> Any:
-        body = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": self.config.max_reply_tokens,
-        }
+        parameters = {"temperature": 0, "max_tokens": self.config.max_reply_tokens, **self.config.extra_body}
+        parameters = {name: value for name, value in parameters.items() if value is not None}
+        body = {"model": self.config.model, "messages": [{"role": "user", "content": text}], **parameters}
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -178,14 +183,35 @@ class EndpointJudge:
             raise _Refused(self._shown(f"{type(error).__name__}: {error}"), lasting=False) from None
         if status is not None:
             lasting = status < 500 and status not in (408, 409, 425, 429)
-            raise _Refused(f"HTTP {status}: {self._shown(content.decode(errors='replace'))}", lasting=lasting)
+            advice = (
+                f". The request set {', '.join(sorted(parameters)) or 'no parameter'}: `extra_body` adds parameters, "
+                "changes them, and removes those that it sets to null"
+            )
+            told = f"HTTP {status}: {self._shown(content.decode(errors='replace'))}{advice if status == 400 else ''}"
+            raise _Refused(told, lasting=lasting)
         try:
             return json.loads(content)
         except ValueError:
             raise _Refused(f"not JSON: {self._shown(content.decode(errors='replace'))!r}", lasting=False) from None
 
     def _exchange(self, request: urllib.request.Request) -> tuple[int | None, bytes]:
-        """Return the status, None where all is well, and what came back."""
+        """Return the status, None where all is well, and what came back, whole and in time."""
+        reply: Future[tuple[int | None, bytes]] = Future()
+
+        def ask() -> None:
+            try:
+                reply.set_result(self._asked(request))
+            except BaseException as error:
+                reply.set_exception(error)
+
+        # The time limit of a socket is for each piece: a server that sends a byte now and then would be waited for
+        # without end. Such a connection is left to its thread, which ends with it, or with this process.
+        threading.Thread(target=ask, daemon=True).start()
+        if not wait([reply], self.config.timeout_seconds).done:
+            raise TimeoutError("timed out before the reply was there whole")
+        return reply.result()
+
+    def _asked(self, request: urllib.request.Request) -> tuple[int | None, bytes]:
         try:
             with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
                 return None, response.read(_MAX_REPLY_BYTES)

@@ -211,7 +211,8 @@ def judge_identity(config: JudgeConfig) -> dict[str, Any]:
     """
     identity: dict[str, Any] = {"version": JUDGE_VERSION, "kind": config.kind}
     if config.kind == "endpoint":
-        return {**identity, "url": config.url, "model": config.model, "max_reply_tokens": config.max_reply_tokens}
+        asked = {"url": config.url, "model": config.model, "max_reply_tokens": config.max_reply_tokens}
+        return {**identity, **asked, **({"extra_body": config.extra_body} if config.extra_body else {})}
     if config.model is not None:
         try:
             identity["model"] = base_digest(resolve_base(_model_config(config)))

@@ -6,12 +6,15 @@ statistics are summed over shards, for the words that the pairs have.
 
 from __future__ import annotations
 
+import importlib
+import platform
 from collections import Counter
+from typing import Any
 
-import bm25s
 import numpy as np
 
 from rose_ray.config.method import Bm25Options, Needs
+from rose_ray.errors import ConfigError
 from rose_ray.kernels.lexical import bm25_scores, inverse_document_frequencies
 from rose_ray.methods.interface import (
     Arrays,
@@ -33,6 +36,10 @@ class Bm25(Method[Bm25Options]):
     needs = Needs(pairs=True, pool_statistics=True)
     survey_reads_pairs = True
     columns = "pairs"
+
+    def __init__(self, options: Bm25Options) -> None:
+        super().__init__(options)
+        _library()  # said before anything is computed
 
     def survey(self, rows: PoolRows, target: Target) -> Arrays:
         """Return in how many rows each word of the pairs stands, how many rows there are, and their words in all."""
@@ -87,5 +94,16 @@ class Bm25(Method[Bm25Options]):
 
     def _words(self, texts: list[str]) -> list[list[str]]:
         stopwords = "english" if self.options.stopwords == "english" else []
-        words: list[list[str]] = bm25s.tokenize(texts, stopwords=stopwords, return_ids=False, show_progress=False)
+        words: list[list[str]] = _library().tokenize(texts, stopwords=stopwords, return_ids=False, show_progress=False)
         return words
+
+
+def _library() -> Any:
+    # Where this module itself imported it, a worker without it could not even unpickle the method.
+    try:
+        return importlib.import_module("bm25s")
+    except ImportError as error:
+        raise ConfigError(
+            f"method bm25 needs the package bm25s, and {platform.node()} cannot import it ({error}): pip install bm25s "
+            "on every machine of the cluster"
+        ) from error

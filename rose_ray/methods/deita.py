@@ -7,9 +7,9 @@ in the scoring actors; nothing here stands in for them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rose_ray.config.method import DeitaOptions, Needs, ScorerConfig
 from rose_ray.data.digests import row_id_words
 from rose_ray.data.strict_json import parse_object
-from rose_ray.errors import DataError
+from rose_ray.errors import DataError, ModelError
 from rose_ray.filesystem import Location, expand, read_bytes
 from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Scored, Target
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # where the numbers are given, nothing has to load torch
     from rose_ray.model.number_scorer import NumberScorer
 
 _COLUMNS = ("complexity", "quality")
+
+_Made = TypeVar("_Made")
 
 
 class Deita(Method[DeitaOptions]):
@@ -42,12 +44,16 @@ class Deita(Method[DeitaOptions]):
             self.needs = Needs(own_models=True)
 
     def content(self) -> Mapping[str, Any]:
-        """Digests of the files, or of the models."""
+        """Digests of the files, or of the models.
+
+        Raises:
+            ModelError: A scorer is not there, or cannot be one; the message names its key.
+        """
         content: dict[str, Any] = {"files": [hashlib.sha256(read_bytes(file)).hexdigest() for file in self._files]}
         if self.options.complexity_scorer is not None:
             from rose_ray.model.number_scorer import scorer_digest
 
-            content["scorers"] = [scorer_digest(config) for config in self._scorer_configs]
+            content["scorers"] = self._of_each_scorer(scorer_digest)
         return content
 
     def prepare(self, target: Target, statistics: Arrays, model: MethodModel | None) -> Arrays:
@@ -102,8 +108,17 @@ class Deita(Method[DeitaOptions]):
         if self._loaded is None:
             from rose_ray.model.number_scorer import NumberScorer
 
-            self._loaded = [NumberScorer(config, device) for config in self._scorer_configs]
+            self._loaded = self._of_each_scorer(lambda config: NumberScorer(config, device))
         return self._loaded
+
+    def _of_each_scorer(self, made: Callable[[ScorerConfig], _Made]) -> list[_Made]:
+        results = []
+        for key, config in zip(("complexity_scorer", "quality_scorer"), self._scorer_configs, strict=True):
+            try:
+                results.append(made(config))
+            except ModelError as error:
+                raise ModelError(f"method deita: method_options.{key}: {error}") from error
+        return results
 
     @cached_property
     def _files(self) -> list[Location]:

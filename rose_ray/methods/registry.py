@@ -62,6 +62,12 @@ def _found(path: str, target: str) -> type[Method[Any]]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package != module_name.partition(".")[0]:
+            raise ConfigError(
+                f"{where}: {module_name} imports the package {package!r}, which is not installed here. Install it on "
+                "every machine of the cluster: pip install, by the name that it has there."
+            ) from error
         raise ConfigError(
             f"{where}: cannot import {module_name!r} ({error}). Install it on every machine of the cluster, or add its "
             "folder to PYTHONPATH there."

@@ -31,7 +31,7 @@ def base_digest(folder: str) -> str:
     names = sorted(os.listdir(folder))
     weights = [name for name in names if name.endswith(_WEIGHT_FILES)]
     if not weights:
-        raise ModelError(f"{folder}: no *.safetensors file. Save the base model with safe serialisation.")
+        raise ModelError(f"{folder}: no *.safetensors file. Save the model with safe serialisation.")
     digest = hashlib.sha256()
     for name in [*weights, *(name for name in names if name == "config.json" or name.endswith(".py"))]:
         with open(os.path.join(folder, name), "rb") as file:
@@ -122,7 +122,7 @@ def _check_loaded(model: ModelConfig, report: Mapping[str, Any]) -> None:
     lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if lacking:
         raise ModelError(
-            f"model.base: {model.base}: {len(lacking)} weights are missing from its files or have another shape: "
+            f"{model.base}: {len(lacking)} weights are missing from its files or have another shape: "
             f"{lacking[:3]}. Use a complete causal language model."
         )
 

@@ -19,7 +19,7 @@ from rose_ray.errors import ModelError
 from rose_ray.kernels.expected_number import expected_number
 from rose_ray.model.base import base_digest, load_base
 from rose_ray.model.scoring import Batch
-from rose_ray.model.tokenizer import load_tokenizer, resolve_base
+from rose_ray.model.tokenizer import load_tokenizer, model_folder
 
 
 class NumberScorer:
@@ -72,11 +72,11 @@ def scorer_digest(config: ScorerConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     _label_ids(config, tokenizer)
     text: str = tokenizer.backend_tokenizer.to_str()
-    return {"weights": base_digest(resolve_base(model)), "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return {"weights": base_digest(model.base), "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _model_config(config: ScorerConfig) -> ModelConfig:
-    return ModelConfig(base=config.model, dtype=config.dtype)
+    return ModelConfig(base=model_folder(config.model), dtype=config.dtype)
 
 
 def _label_ids(config: ScorerConfig, tokenizer: Any) -> list[int]:

@@ -23,18 +23,28 @@ def resolve_base(model: ModelConfig) -> str:
     Raises:
         ModelError: There is no such folder or repository.
     """
-    if os.path.isdir(model.base):
-        return os.path.abspath(model.base)
+    try:
+        return model_folder(model.base)
+    except ModelError as error:
+        raise ModelError(f"model.base: {error}") from error
+
+
+def model_folder(name: str) -> str:
+    """Return the local folder of any model, as `resolve_base`. Its caller says which key has the name.
+
+    Raises:
+        ModelError: There is no such folder or repository.
+    """
+    if os.path.isdir(name):
+        return os.path.abspath(name)
     from huggingface_hub import snapshot_download
 
     try:
         path: str = snapshot_download(
-            model.base, allow_patterns=["*.py", "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            name, allow_patterns=["*.py", "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         )
     except Exception as error:  # the hub client raises many unrelated types
-        raise ModelError(
-            f"model.base: {model.base!r} is no folder here, and the hub gave: {type(error).__name__}: {error}"
-        ) from error
+        raise ModelError(f"{name!r} is no folder here, and the hub gave: {type(error).__name__}: {error}") from error
     return path
 
 

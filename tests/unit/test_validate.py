@@ -32,6 +32,18 @@ def test_pairs_that_no_run_tokenises_may_be_long(tmp_path: Path, base_folder: st
     assert f"target t: method {method}, 2 pairs (t 2)" in lines_of(tmp_path, base_folder, method=method)
 
 
+@pytest.mark.parametrize(
+    ("selection", "clause"),
+    [({}, " (selection.diversity, its filter, is not set)"), ({"diversity": {"max_cosine": 0.9}}, "")],
+)
+def test_deita_without_its_filter_is_said(
+    tmp_path: Path, base_folder: str, selection: dict[str, Any], clause: str
+) -> None:
+    options = {"complexity_field": "c", "quality_field": "q"}
+    deita = {"method": "deita", "method_options": options, "selection": selection}
+    assert f"target t: method deita{clause}, 2 pairs (t 2)" in lines_of(tmp_path, base_folder, **deita)
+
+
 @pytest.mark.parametrize("method", ["rose", "rds"])
 def test_pairs_that_the_model_reads_must_fit(tmp_path: Path, base_folder: str, method: str) -> None:
     with pytest.raises(PairError, match="p1"):

@@ -108,4 +108,4 @@ def _untold(
     if pool is None:
         yield "overlap with the pool: none is ingested yet: `rose-ray ingest CONFIG`"
     if tests is None:
-        yield "overlap with test texts: name their files with --test"
+        yield "overlap with test texts: the configuration names none that can be read; name files with --test"

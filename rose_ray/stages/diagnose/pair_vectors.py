@@ -88,7 +88,8 @@ def _dominant_side(bank: StoredBank) -> Iterator[Finding]:
         advice = "The direction is mostly one side's: `objective: rose_balanced` or `rose_simpo` weighs them anew."
         yield Finding("longer_side", "warning", message, advice, ids, numbers)
     else:
-        yield Finding("longer_side", "note", message, "Nothing to do: both sides make the direction.", (), numbers)
+        advice = f"Nothing to do: both sides make the direction{', except for the pairs named' if ids else ''}."
+        yield Finding("longer_side", "note", message, advice, ids, numbers)
 
 
 def _conflicts(bank: StoredBank) -> Iterator[Finding]:
@@ -139,8 +140,10 @@ def _labels(bank: StoredBank) -> Iterator[Finding]:
         "margin_per_token": dict(zip(first.pair_ids, mean_V.tolist(), strict=True)),
         "pearson_with_length_difference": by_length,
     }
-    advice = "Nothing to do: it says how much of the preference the base model has already."
-    yield Finding("label_margin", "note", message, advice, (), numbers)
+    less_likely = tuple(first.pair_ids[v] for v in np.argsort(summed_V, kind="stable").tolist() if summed_V[v] < 0)
+    named = "; for the pairs named it prefers the rejected side" if less_likely else ""
+    advice = f"Nothing to do: it says how much of the preference the base model has already{named}."
+    yield Finding("label_margin", "note", message, advice, less_likely, numbers)
     deviations_V = mean_V - np.median(mean_V)
     spread = float(np.median(np.abs(deviations_V)))
     if not spread:

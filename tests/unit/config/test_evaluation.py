@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ ENDPOINT = {"name": "j", "kind": "endpoint", "url": "http://h/v1", "model": "m"}
                 ("http://[::1/v1", "it is no URL: Invalid IPv6"),
                 ("http://h/v1?api-version=1", "cannot be added behind"),
             ]
+        ),
+        ({"judges": [{**ENDPOINT, "extra_body": {"messages": []}}]}, "other parameters than messages: a judge sets"),
+        ({"judges": [{**ENDPOINT, "extra_body": {"seed": date(2024, 1, 1)}}]}, "what JSON can hold: .* type date"),
+        (
+            {"judges": [{"name": "j", "kind": "rouge_l", "extra_body": {"seed": 1}}]},
+            "kind rouge_l has no use for extra_body",
         ),
         ({"judges": [ENDPOINT, ENDPOINT]}, r"names must differ, found \['j'\]"),
         ({"judge": []}, "did you mean 'judges'"),

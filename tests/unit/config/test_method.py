@@ -80,6 +80,23 @@ def test_own_paths_are_looked_up_later() -> None:
     assert [target.name for target in config.method_targets] == ["t"] and not config.gradient_targets
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import not_there.below", "own_scores imports the package 'not_there', which is not installed here. Install"),
+        ("import own_scores.below", "cannot import 'own_scores' .*add its folder to PYTHONPATH there"),
+        ("from os import not_there", "cannot import 'own_scores' .*cannot import name 'not_there'"),
+    ],
+)
+def test_what_an_own_method_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    (tmp_path / "own_scores.py").write_text(f"{line}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"^target t: method own_scores:Best: {message}"):
+        method_of(job({"name": "t", "method": "own_scores:Best"}).targets[0])
+
+
 def test_a_preset_is_for_targets_of_gradients() -> None:
     config = parse_config(
         {**tiny_content(Path("in"), "ws"), "preset": "rose_official", "targets": [{"name": "g", **PAIRS}, RANDOM]}

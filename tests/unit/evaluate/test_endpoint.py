@@ -18,7 +18,7 @@ from rose_ray.data.conversation import Message
 from rose_ray.distributed.judging import JudgingTask, ask_endpoint
 from rose_ray.errors import ConfigError, JudgeError, TokenBudgetError
 from rose_ray.evaluate.endpoint import EndpointJudge, parse_verdict
-from rose_ray.evaluate.judges import Comparison
+from rose_ray.evaluate.judges import Comparison, judge_identity
 from rose_ray.evaluate.judging import read_verdicts, verdict_folder
 from rose_ray.stores.manifest import commit_artefact
 from rose_ray.stores.workspace import Workspace
@@ -137,6 +137,50 @@ def test_a_judge_that_times_out(server: Server) -> None:
     with pytest.raises(JudgeError, match=r"judge gpt: http.* gave no reply in 2 tries of 0.1 s: .*timed out"):
         slow.rule(COMPARISON)
     assert slow.spent > 40  # both may have been paid for
+
+
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 503 Busy\r\n\r\n"])
+def test_a_judge_that_drips_times_out(server: Server, begun: bytes) -> None:
+    ended = threading.Event()
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(begun)
+        while not ended.wait(0.05):  # far below the time limit
+            handler.wfile.write(b"1")
+
+    server.replies = [drip]
+    slow, started = judge(server, timeout_seconds=0.5, retries=1), time.monotonic()
+    try:
+        with pytest.raises(JudgeError, match=r"gave no reply in 2 tries of 0.5 s: TimeoutError: timed out before the"):
+            slow.rule(COMPARISON)
+    finally:
+        ended.set()
+    assert time.monotonic() - started < 20  # a loaded machine; without the limit it would not end
+    assert slow.spent > 40  # both may have been paid for
+
+
+def test_parameters_of_the_request_can_be_changed(server: Server) -> None:
+    server.replies = [says("Verdict: A", tokens=None)]
+    extra = {"max_tokens": None, "temperature": None, "max_completion_tokens": 300, "reasoning": {"effort": "low"}}
+    asked = judge(server, extra_body=extra)
+    asked.rule(COMPARISON)
+    body, _ = server.requests[0]
+    assert body.pop("messages") and body == {
+        "model": "big",
+        "max_completion_tokens": 300,
+        "reasoning": {"effort": "low"},
+    }
+    assert asked.spent > 300  # what the budget reckons with is the longer of the limits
+    identities = [judge_identity(judge(server, **own).config) for own in ({}, {"extra_body": extra})]
+    assert identities[1] == {**identities[0], "extra_body": extra} and "extra_body" not in identities[0]
+
+
+def test_a_refused_parameter_leads_to_the_key_that_changes_it(server: Server) -> None:
+    server.replies = [sends(400, "Unsupported parameter: 'max_tokens'")]
+    with pytest.raises(
+        JudgeError, match=r"in 1 tries .*'max_tokens'\. The request set max_tokens, temperature: `extra"
+    ):
+        judge(server).rule(COMPARISON)
 
 
 def test_errors_that_pass_are_tried_again(server: Server) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from random import Random
 
 import bm25s
 import numpy as np
 import pytest
 
-from rose_ray.errors import ShapeError
+from rose_ray.errors import ConfigError, ShapeError
 from rose_ray.kernels.lexical import bm25_scores, inverse_document_frequencies
 from rose_ray.methods.texts import pair_texts, row_texts
 from tests.methods import make_method, make_pair, make_rows, score_parts, split
@@ -79,3 +81,15 @@ def test_text_of_pairs_is_what_was_asked_for() -> None:
         ["question"],
         ["answer"],
     ]
+
+
+def test_without_the_library_one_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    travelling = pickle.dumps(make_method("bm25"))
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.delitem(sys.modules, "rose_ray.methods.bm25")
+    told = r"method bm25 needs the package bm25s, and .+ cannot import it \(.+\): pip install bm25s on every machine"
+    with pytest.raises(ConfigError, match=f"^target t: {told}"):
+        make_method("bm25")
+    on_a_worker = pickle.loads(travelling)  # without a check: what is lacking is said where the rows are read
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        score_parts(on_a_worker, [make_rows(a_pool(2))], PAIRS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +133,27 @@ def test_the_scorers_are_part_of_what_scores_depend_on(base_of: Any) -> None:
 def test_a_number_that_is_no_token_is_refused(base_folder: str) -> None:
     with pytest.raises(ModelError, match=r"\['1234567'\] are no tokens of its own.* Set `labels`"):
         deita(base_folder, base_folder, labels=["1", "1234567"]).content()
+
+
+@pytest.mark.parametrize("key", ["complexity_scorer", "quality_scorer"])
+def test_a_scorer_that_is_not_there_is_named_by_its_key(tmp_path: Path, base_folder: str, key: str) -> None:
+    def message(folder: Path) -> str:
+        folders = {"complexity_scorer": base_folder, "quality_scorer": base_folder, key: str(folder)}
+        method = deita(folders["complexity_scorer"], folders["quality_scorer"])
+        with pytest.raises(ModelError) as caught:
+            method.content()
+        with pytest.raises(ModelError, match=f"^method deita: method_options.{key}: "):  # in an actor
+            method.score(pool(CONVERSATIONS), {}, MODEL)
+        return str(caught.value)
+
+    absent = tmp_path / "absent"
+    assert message(absent).startswith(f"method deita: method_options.{key}: {str(absent)!r} is no folder here, and the")
+    bare = tmp_path / "bare"
+    shutil.copytree(base_folder, bare)
+    for file in bare.glob("*.safetensors"):
+        file.unlink()
+    told = f"method deita: method_options.{key}: {bare}: no *.safetensors file. Save the model with safe serialisation."
+    assert message(bare) == told
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ SOURCES = {"math": 6, "chat": 3, "code": 1}
 def check(selection: dict[str, Any], training_set: dict[str, Any] | None = None) -> None:
     content: dict[str, Any] = {
         "workspace": "w",
-        "model": {"base": "b"},
+        "model": {"base": "b", "max_tokens": 64},
         "pool": {"inputs": [{"files": ["p.jsonl"]}]},
         "targets": [{"name": "t", "pairs": [{"files": ["q.jsonl"]}], "selection": selection}],
     }
@@ -41,6 +41,13 @@ def check(selection: dict[str, Any], training_set: dict[str, Any] | None = None)
         ({"count": 5, "include_sources": ["chat", "code"]}, "4 of them in allowed sources"),
         ({"fraction": 0.5, "exclude_sources": ["math"]}, r"\.fraction: 5 rows asked for, but at most 4"),
         ({"count": 9, "source_quotas": {"math": 0.5}}, "at most 8 can be selected"),
+        (
+            {"tokens": 641},
+            r"\.tokens: 641 tokens asked for, but at most 640 can be selected: the pool has 10 unique rows, 10 of them "
+            r"in allowed sources, none of more than model\.max_tokens: 64 tokens",
+        ),
+        ({"tokens": 257, "include_sources": ["chat", "code"]}, "at most 256 can be selected"),
+        ({"tokens": 600, "source_quotas": {"math": 0.5}}, "at most 556 can be selected"),
     ],
 )
 def test_what_the_pool_cannot_give(selection: dict[str, Any], message: str) -> None:
@@ -68,5 +75,8 @@ def test_what_passes_can_be_selected_and_what_is_refused_cannot(count: int, shar
     assert refuses(lambda: check({"count": count, "source_quotas": {"math": share}})) == selected
 
 
-def test_tokens_are_not_known_yet() -> None:
-    check({"tokens": 10**9})
+@pytest.mark.parametrize(
+    "selection", [{"tokens": 640}, {"tokens": 512, "source_quotas": {"math": 0.5}}, {"tokens": 1, "count": None}]
+)
+def test_tokens_that_rows_may_have_pass(selection: dict[str, Any]) -> None:
+    check(selection)

@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from rose_ray.cli import app
+from rose_ray.config import parse_config
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.contamination import KnownTestText
 from rose_ray.errors import ConfigError, DataError, PairError
 from rose_ray.filesystem import expand, locate
+from rose_ray.stages.diagnose.configured_tests import configured_tests
 from rose_ray.stages.diagnose.doctor import examine
 from rose_ray.stages.diagnose.findings import Finding, TargetReport, report_lines
 from rose_ray.stages.diagnose.overlap import read_evaluation_texts
@@ -237,6 +239,12 @@ def test_balanced_sides_leave_a_note(tmp_path: Path) -> None:
     found, _ = with_bank(tmp_path, [[3, 0], [1, 0]], [[0, 1], [0, 3]], tokens=[(9, 2), (2, 9)], target=target)
     assert found["longer_side"].severity == "note"
     assert found["longer_side"].numbers["median_share_of_longer_side"] == pytest.approx(0.5)
+    assert found["longer_side"].ids == ()
+    sides = [[1, 0], [3, 0], [1, 0]], [[0, 1], [0, 1], [0, 1]]
+    (tmp_path / "one").mkdir()
+    found, _ = with_bank(tmp_path / "one", *sides, tokens=[(9, 2), (9, 2), (2, 9)])
+    assert found["longer_side"].severity == "note" and found["longer_side"].ids == ("p1",)
+    assert found["longer_side"].advice.endswith("both sides make the direction, except for the pairs named.")
 
 
 def test_margins_under_the_base_model(tmp_path: Path) -> None:
@@ -247,6 +255,7 @@ def test_margins_under_the_base_model(tmp_path: Path) -> None:
     found, _ = with_bank(tmp_path, *sides, tokens=tokens, reference=reference)
     margin = found["label_margin"]
     assert margin.severity == "note"
+    assert margin.ids == ("p5", "p1")  # margins of -16 and -1.2 nats, the others 0 or above
     assert margin.numbers["margin_per_token"]["p0"] == pytest.approx(0.1)
     assert margin.numbers["margin"]["p1"] == pytest.approx(-1.2)
     assert "likelier in 3 of 6 pairs, token by token in 4;" in margin.message
@@ -322,3 +331,43 @@ def test_pairs_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     job = stored_job(tmp_path, [pair_record(0)])
     (report,) = examine(None, job.config, {"t": PairError("pairs.jsonl: row 3: not_json")}, None, LIMITS)
     assert [finding.check for finding in report.findings] == ["unreadable"] and not report.is_healthy
+
+
+def test_test_texts_that_the_configuration_names_are_looked_for(tmp_path: Path) -> None:
+    job = stored_job(tmp_path, [pair_record(0, prompt=PASSAGE), pair_record(1)])
+    assert configured_tests(job.config).known is None
+    assert any("test texts: the configuration names none" in line for line in report_of(job).untold)
+    kept_out = write_jsonl(tmp_path / "kept_out.jsonl", [{"body": f"Oh, {PASSAGE}", "split": "test"}])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [pair_record(7, prompt="Held out?"), pair_record(8)])
+    write_jsonl(tmp_path / "one.jsonl", [{"question": "One?", "answer": "1", "split": "dev"}])
+    write_jsonl(tmp_path / "two.jsonl", [{"question": "Two?", "answer": "2", "split": "test"}])
+    clean = {"decontaminate": {"files": [str(kept_out)], "fields": ["body"], "split": "test"}}
+    content = job.config.model_dump(mode="json")
+    content["targets"] = [{**content["targets"][0], "selection": clean}]
+    content["training_set"] = {"selection": clean}
+    content["evaluation"] = {
+        "held_out": [{"name": "h", "pairs": [{"files": [str(held_out)]}, {"files": [str(tmp_path / "absent.jsonl")]}]}],
+        "tasks": [
+            {
+                "name": "numbers",
+                "kind": "exact_match",
+                "files": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")],
+                "splits": ["test"],
+            }
+        ],
+    }
+    job.config = parse_config(content)
+    found = configured_tests(job.config)
+    assert found.counts == {
+        "targets.0.selection.decontaminate.files": 1,  # the training set's are the same
+        "evaluation.held_out.0.pairs.0": 2,
+        "evaluation.tasks.0": 1,
+    }
+    first, second = found.lines()
+    assert "pairs.0 2, evaluation.tasks.0 1; --test looks for others instead" in first
+    assert second.startswith("not told: overlap with evaluation.held_out.0.pairs.1: ") and "absent.jsonl" in second
+    job.add_pool([{"prompt": text, "completion": "It is."} for text in ("held out", "two", "one")])
+    told = {each.check: each for each in report_of(job, found.known).findings}
+    assert told["test_overlap"].ids == ("p0",)
+    owners = told["pool_test_overlap"].numbers["owners"].values()
+    assert {owner for each in owners for owner in each} == {"pair p7", f"{tmp_path / 'two.jsonl'} row 1"}
