@@ -64,8 +64,8 @@ class TaskConfig(Strict):
     splits: list[str] | None = Field(
         None,
         min_length=1,
-        description="Take the records whose `split` is one of these; needed where they have several, and for dev, "
-        "train and fewshot.",
+        description="Take the records whose `split` is one of these; needed where they have several, and for dev and "
+        "train. Few-shot files are refused.",
     )
     leave_out: list[str] = Field(
         default_factory=list, description="Ids of records not to measure on, for instance what a target asks too."

@@ -94,7 +94,7 @@ def test_a_few_shot_split_is_not_measured_on(tmp_path: Path) -> None:
         task(tmp_path, rows, splits=["val"])
 
 
-@pytest.mark.parametrize("split", ["dev", "train", "fewshot"])
+@pytest.mark.parametrize("split", ["dev", "train", "auxiliary_train"])
 def test_the_only_split_may_be_a_few_shot_one(tmp_path: Path, split: str) -> None:
     rows = [{**CHOICE, "split": split}]
     with pytest.raises(
