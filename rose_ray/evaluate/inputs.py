@@ -100,6 +100,18 @@ def checked_benchmarks(config: JobConfig, settings: EvaluationConfig) -> list[Be
     return [*held_out, *tasks, *(answered if reads_answers else [])]
 
 
+def held_out_prompts(settings: EvaluationConfig) -> dict[str, dict[str, str]]:
+    """Return the prompt of every held-out pair, by name of the set and pair id.
+
+    Raises:
+        DataError: A file cannot be read, or a pair cannot be used.
+    """
+    return {
+        entry.name: {pair.pair_id: pair.raw_prompt for pair in read_target_pairs(_as_target(entry))}
+        for entry in settings.held_out
+    }
+
+
 def _files(settings: EvaluationConfig) -> Iterator[_Files]:
     for number, held_out in enumerate(settings.held_out):
         for place, entry in enumerate(held_out.pairs):
