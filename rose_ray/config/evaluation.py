@@ -57,9 +57,9 @@ class TaskConfig(Strict):
         "letters", description="What multiple_choice compares: the letters, the options listed, or their texts."
     )
     extract: Literal["text", "final", "last_number"] = Field(
-        "text",
-        description="What exact_match compares: the whole answer; what stands behind its last #### or 'answer is', "
-        "else the whole; or its last number (behind #### if there).",
+        "final",
+        description="What exact_match compares: what stands behind the last #### or 'answer is', else the whole "
+        "(final); always the whole answer (text); or its last number (behind #### if there).",
     )
     splits: list[str] | None = Field(
         None,

@@ -55,6 +55,7 @@ def test_exact_answers(tmp_path: Path) -> None:
     ]
     found = {q.item_id: q for q in task(tmp_path, rows, "exact_match").questions}
     assert found["a"].answers == ("False",) and found["c"].answers == ("Bo",)
+    assert dict(task(tmp_path, rows, "exact_match").settings)["extract"] == "final"
     assert found["b"].text == "Ann ran.\n\nQuestion: Who?" and found["b"].answers == ("Ann", "she")
 
 
