@@ -57,15 +57,15 @@ class TaskConfig(Strict):
         "letters", description="What multiple_choice compares: the letters, the options listed, or their texts."
     )
     extract: Literal["text", "final", "last_number"] = Field(
-        "text",
-        description="What exact_match compares: the whole answer; what stands behind its last #### or 'answer is', "
-        "else the whole; or its last number (behind #### if there).",
+        "final",
+        description="What exact_match compares: what stands behind the last #### or 'answer is', else the whole "
+        "(final); always the whole answer (text); or its last number (behind #### if there).",
     )
     splits: list[str] | None = Field(
         None,
         min_length=1,
-        description="Take the records whose `split` is one of these; needed where they have several, and for dev, "
-        "train and fewshot.",
+        description="Take the records whose `split` is one of these; needed where they have several, and for dev and "
+        "train. Few-shot files are refused.",
     )
     leave_out: list[str] = Field(
         default_factory=list, description="Ids of records not to measure on, for instance what a target asks too."

@@ -215,7 +215,7 @@ def report_lines(config: JobConfig) -> list[str]:
     """
     settings = evaluation_config(config)
     with opened(config.workspace, config.lease.term) as workspace:
-        lines = write_report(workspace, read_index(workspace), settings)
+        lines = write_report(workspace, read_index(workspace), settings, config.targets)
         where = workspace.location(REPORT_FOLDER).name
     return [*lines, f"{where}: table.txt, table.csv, table.json, curves as SVG"]
 

@@ -15,12 +15,11 @@ from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tasks.pairs import row_asked, task_prompt
 from rose_ray.data.tasks.rows import TaskRow, TaskSpec, read_task_rows
 from rose_ray.errors import DataError, PairError
+from rose_ray.evaluate.few_shot import check_rows_are_a_test
 from rose_ray.filesystem import expand
 from rose_ray.stores.manifest import artefact_key
 
 _NUM_LISTED = 20
-_FEW_SHOT = ("fewshot", "dev", "train", "auxiliary_train")
-"""Splits that may be there to be learned from: measured on only where they are named."""
 
 Kind = Literal["pairs", "multiple_choice", "exact_match", "answers"]
 
@@ -121,8 +120,9 @@ def read_task(config: TaskConfig, max_new_tokens: int) -> Benchmark:
     """Read questions, from the files that targets are made from too; ``max_new_tokens`` bounds exact answers.
 
     Raises:
-        DataError: A file cannot be read; rows are of another kind, of several splits or a few-shot one and none chosen,
-            or none is left; ids stand twice, or are left out and not there. Files, rows and reasons are listed.
+        DataError: A file cannot be read; rows are of another kind, few-shot examples, of several splits or one to train
+            on and none chosen, or none is left; ids stand twice, or are left out and not there. Files, rows and reasons
+            are listed.
     """
     questions = [_question(row, config) for row in _rows(config)]
     settings: dict[str, Any] = {"extract": config.extract, "max_new_tokens": max_new_tokens}
@@ -145,11 +145,7 @@ def _rows(config: TaskConfig) -> list[TaskRow]:
     """The rows to measure on, in an order that depends on their ids alone."""
     rows = read_task_rows(expand(config.files), _spec(config))
     task = f"evaluation task {config.name}"
-    if config.splits is None and rows[0].split in _FEW_SHOT:
-        raise DataError(
-            f"{task}: {rows[0].where} is of split {rows[0].split!r}, which may be few-shot examples and not a test. "
-            f"Take another file, or set `splits: [{rows[0].split}]` to measure on it all the same."
-        )
+    check_rows_are_a_test(rows, task, is_named=config.splits is not None, setting="splits: [{}]")
     rows.sort(key=lambda row: _place(config.name, row.row_id))
     repeated = [one.row_id for one, next_one in pairwise(rows) if one.row_id == next_one.row_id]
     if repeated:

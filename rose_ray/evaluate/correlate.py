@@ -26,6 +26,7 @@ LOSSES = ("ce_chosen", "dpo_loss", "length_normalised_loss")
 MIN_MODELS = 4
 """With fewer, a rank correlation has next to no values to take."""
 
+_WIN_RATE = "win_rate"
 _LENGTHS = ("answer_length", "training_length")
 
 Columns = dict[str, float]
@@ -83,7 +84,7 @@ def associations(
                 f"correlate: {models} models were measured on {held_out.name}, expected at least {MIN_MODELS}. Run "
                 "`rose-ray evaluate` with more budgets, arms or seeds."
             )
-        outcomes = ["margin", "accuracy", *(f"win_rate {judge.name}" for judge in config.judges)]
+        outcomes = ["margin", "accuracy", *(f"{_WIN_RATE} {judge.name}" for judge in config.judges)]
         for loss in LOSSES:
             for outcome in outcomes:
                 own = _having(groups, (loss, outcome))
@@ -165,7 +166,7 @@ def _rates(entry: Entry, config: EvaluationConfig, held_out: str, read: Reader) 
         folder = entry.verdicts.get(f"{judge.name}/{held_out}")
         scores = [item["score"] for item in read(folder) if item["score"] is not None] if folder else []
         if scores:
-            rates[f"win_rate {judge.name}"] = math.fsum(scores) / len(scores)
+            rates[f"{_WIN_RATE} {judge.name}"] = math.fsum(scores) / len(scores)
     return rates
 
 
@@ -179,6 +180,11 @@ def association_lines(found: Sequence[Association], level: float) -> Iterator[st
             yield (
                 f"  {each.loss:<22} {each.outcome:<18} Spearman {_text(each.spearman)}  Kendall {_text(each.kendall)}"
                 f"{partials}  ({each.num_models} models of {each.num_groups} rows)"
+            )
+        if not any(each.outcome.startswith(_WIN_RATE) for each in own):
+            yield (
+                "  dpo_loss is computed from each pair's margin, so that it follows margin and accuracy says next to "
+                "nothing: a judge's win rate would be another measure"
             )
 
 

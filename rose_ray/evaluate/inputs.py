@@ -12,6 +12,7 @@ from rose_ray.config.evaluation import EvaluationConfig, HeldOutConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.data.asked import Asked
+from rose_ray.data.tasks.rows import read_task_rows
 from rose_ray.errors import ConfigError
 from rose_ray.evaluate.benchmarks import (
     Benchmark,
@@ -22,11 +23,12 @@ from rose_ray.evaluate.benchmarks import (
     task_asked,
 )
 from rose_ray.evaluate.endpoint import endpoint_key
+from rose_ray.evaluate.few_shot import check_file_is_a_test, check_rows_are_a_test
 from rose_ray.evaluate.trials import budget_sizes, selection_of_size
 from rose_ray.filesystem import expand
 from rose_ray.stages.held_out import check_held_out
 from rose_ray.stages.selection_check import check_selection
-from rose_ray.stages.target_pairs import read_target_asked, read_target_pairs
+from rose_ray.stages.target_pairs import read_target_asked, read_target_pairs, task_spec
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,13 @@ def checked_benchmarks(config: JobConfig, settings: EvaluationConfig) -> list[Be
 
     Raises:
         ConfigError: A file is a target's as well.
-        DataError: A file, a row or a pair cannot be used, or asks what a target's pairs ask.
+        DataError: A file, a row or a pair cannot be used, is a few-shot example, or asks what a target's pairs ask.
     """
     for target in config.targets:
         for entry in _files(settings):
             check_held_out(target, expand(entry.files), key=entry.key, splits=entry.splits)
+    for held_out_set in settings.held_out:
+        _check_is_a_test(held_out_set)
     held_out = [held_out_benchmark(entry, read_target_pairs(_as_target(entry))) for entry in settings.held_out]
     steering = {target.name: read_target_asked(target).values() for target in config.targets}
     check_apart(steering, _measured(settings, held_out))
@@ -94,6 +98,18 @@ def checked_benchmarks(config: JobConfig, settings: EvaluationConfig) -> list[Be
     tasks = [read_task(task, settings.max_new_tokens) for task in settings.tasks]
     reads_answers = any(judge.kind != "cross_entropy" for judge in settings.judges)
     return [*held_out, *tasks, *(answered if reads_answers else [])]
+
+
+def held_out_prompts(settings: EvaluationConfig) -> dict[str, dict[str, str]]:
+    """Return the prompt of every held-out pair, by name of the set and pair id.
+
+    Raises:
+        DataError: A file cannot be read, or a pair cannot be used.
+    """
+    return {
+        entry.name: {pair.pair_id: pair.raw_prompt for pair in read_target_pairs(_as_target(entry))}
+        for entry in settings.held_out
+    }
 
 
 def _files(settings: EvaluationConfig) -> Iterator[_Files]:
@@ -104,6 +120,17 @@ def _files(settings: EvaluationConfig) -> Iterator[_Files]:
             yield _Files(key, entry.files, None if split is None else [split])
     for number, task in enumerate(settings.tasks):
         yield _Files(f"evaluation.tasks.{number}.files", task.files, task.splits)
+
+
+def _check_is_a_test(held_out: HeldOutConfig) -> None:
+    what = f"evaluation {held_out.name}"
+    for entry in held_out.pairs:
+        if entry.task is None:
+            for location in expand(entry.files):
+                check_file_is_a_test(location.name, what)
+        else:
+            rows = read_task_rows(expand(entry.files), task_spec(entry.task))
+            check_rows_are_a_test(rows, what, is_named=entry.task.split is not None, setting="task.split: {}")
 
 
 def _measured(settings: EvaluationConfig, held_out: list[Benchmark]) -> dict[str, dict[str, Asked]]:

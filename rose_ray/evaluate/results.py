@@ -5,7 +5,7 @@ Shapes: S seeds, N items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.config.evaluation import EvaluationConfig
-from rose_ray.errors import AccountingError
+from rose_ray.evaluate.gathered import CONTROLLED, WIN_RATE, Gathered, Prompts, gather, verdict_values
 from rose_ray.evaluate.index import Entry, Index
 from rose_ray.evaluate.measures import HIGHER_IS_BETTER, Item, pair_values, question_values
-from rose_ray.kernels.bootstrap import Estimate, Resampling, crossed_estimate, mean_estimate
+from rose_ray.evaluate.trials import RANDOM
+from rose_ray.kernels.bootstrap import Estimate, Resampling
 from rose_ray.kernels.knee import knee
-from rose_ray.kernels.win_rate import length_controlled_win_rate
 
 Reader = Callable[[str], Sequence[Item]]
 """Gives the items of a folder."""
 
-PAIR_MEASURES = ("margin", "accuracy", "dpo_loss", "ce_chosen", "length_normalised_loss")
+MEASURES = {
+    "pairs": ("margin", "accuracy", "dpo_loss", "ce_chosen", "length_normalised_loss"),
+    "multiple_choice": ("choice_accuracy",),
+    "exact_match": ("exact_match",),
+}
+"""Measures of each kind of benchmark."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,19 @@ class Number:
     """One measure of one row of the table.
 
     Attributes:
-        arm, budget, num_rows: Of the row.
+        arm, budget, num_rows: Of the row; the first arm where several controls share their models.
         benchmark: Name of the held-out set or task; with ``/JUDGE`` behind it for win rates.
         measure: Key of ``HIGHER_IS_BETTER``.
         estimate: None where a seed is missing: what is there is not averaged over.
         seeds: Measured.
         missing: Not measured.
         num_items: Items of each seed that count.
+        num_prompts: Prompts that they are of; the items of one are resampled together.
         num_unusable: Comparisons without a verdict, over all seeds.
         is_knee: Whether the arm's curve of this measure has its knee here.
+        difference: From ``random`` at the same budget, seeds and items; None where there is none, a seed is missing on
+            either side, or the measure is no mean over items.
+        same_as: Further controls with the same models.
     """
 
     arm: str
@@ -51,8 +60,11 @@ class Number:
     seeds: list[int | None]
     missing: list[int | None]
     num_items: int
+    num_prompts: int
     num_unusable: int = 0
     is_knee: bool = False
+    difference: Estimate | None = None
+    same_as: tuple[str, ...] = ()
 
 
 def resampling_of(config: EvaluationConfig) -> Resampling:
@@ -61,29 +73,34 @@ def resampling_of(config: EvaluationConfig) -> Resampling:
     return Resampling(settings.resamples, settings.level, settings.seed)
 
 
-def table_numbers(index: Index, config: EvaluationConfig, read: Reader) -> list[Number]:
+def table_numbers(index: Index, config: EvaluationConfig, read: Reader, prompts: Prompts) -> list[Number]:
     """Return every number of the table, knees marked.
 
     Args:
         index: Of the evaluation.
         config: Betas and intervals.
         read: Gives the items of a folder; each is read once per use.
+        prompts: Of every held-out set.
 
     Raises:
-        AccountingError: Seeds of one row were measured on other items.
+        AccountingError: Seeds of one row, or a row and the random one, were measured on other items; or pairs are not
+            among the held-out ones.
     """
     resampling = resampling_of(config)
-    references = {folder: list(read(folder)) for key, folder in index.untrained.items() if key.startswith("pairs/")}
+    groups, same = once(grouped(index.entries))
     numbers: list[Number] = []
-    for group in grouped(index.entries):
-        seeds: list[int | None] = [None] if group[0].seed is None else list(index.seeds)
-        by_seed = {entry.seed: entry for entry in group}
-        for key in _benchmarks(index, config):
-            folders = [by_seed[seed].measures.get(key) if seed in by_seed else None for seed in seeds]
-            numbers += _measured(group[0], key, seeds, folders, index, config, references, read, resampling)
-        for key in verdict_keys(config):
-            folders = [by_seed[seed].verdicts.get(key) if seed in by_seed else None for seed in seeds]
-            numbers += _judged(group[0], key, seeds, folders, read, resampling)
+    keys = [(key, False) for key in _benchmarks(index, config)] + [(key, True) for key in verdict_keys(config)]
+    for key, is_judged in keys:
+        collect = _gather_verdicts if is_judged else _gather_measures
+        gathered = [collect(group, key, index, config, read, prompts) for group in groups]
+        paired = {group[0].budget: each for group, each in zip(groups, gathered, strict=True) if group[0].arm == RANDOM}
+        for group, own in zip(groups, gathered, strict=True):
+            if own is not None:
+                other = None if group[0].arm == RANDOM else paired.get(group[0].budget)
+                for number in _numbers(group[0], key, is_judged, own, other, resampling):
+                    numbers.append(replace(number, same_as=same.get(number.arm, ())))
+    order = {(group[0].arm, group[0].budget): place for place, group in enumerate(groups)}
+    numbers.sort(key=lambda number: order[number.arm, number.budget])
     return with_knees(numbers)
 
 
@@ -93,6 +110,27 @@ def grouped(entries: Sequence[Entry]) -> list[list[Entry]]:
     for entry in entries:
         groups.setdefault((entry.arm, entry.budget), []).append(entry)
     return list(groups.values())
+
+
+def once(groups: Sequence[list[Entry]]) -> tuple[list[list[Entry]], dict[str, tuple[str, ...]]]:
+    """Return each control once: those of targets with the same pairs have the same models.
+
+    Args:
+        groups: From `grouped`.
+
+    Returns:
+        The groups without repetitions, and by the arm of one that was repeated the arms that are left out.
+    """
+    kept: dict[Any, list[Entry]] = {}
+    same: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        arm = group[0].arm
+        control, colon, _ = arm.partition(":")
+        models = tuple((entry.seed, entry.model) for entry in group)
+        first = kept.setdefault((control, group[0].budget, models) if colon else (arm, group[0].budget), group)[0].arm
+        if first != arm:
+            same[first] = (*same.get(first, ()), arm)
+    return list(kept.values()), same
 
 
 def verdict_keys(config: EvaluationConfig) -> list[str]:
@@ -124,94 +162,47 @@ def _values(
     return pair_values(items, reference, dpo_beta=beta, length_normalised_beta=config.length_normalised_beta)
 
 
-def _measured(
-    first: Entry,
-    key: str,
-    seeds: Sequence[int | None],
-    folders: Sequence[str | None],
-    index: Index,
-    config: EvaluationConfig,
-    references: Mapping[str, Sequence[Item]],
-    read: Reader,
-    resampling: Resampling,
-) -> Iterator[Number]:
+def _gather_measures(
+    group: Sequence[Entry], key: str, index: Index, config: EvaluationConfig, read: Reader, prompts: Prompts
+) -> Gathered:
     kind, _, name = key.partition("/")
-    measures = {"pairs": PAIR_MEASURES, "multiple_choice": ("choice_accuracy",), "exact_match": ("exact_match",)}[kind]
-    missing = [seed for seed, folder in zip(seeds, folders, strict=True) if folder is None]
-    found = [list(read(folder)) for folder in folders if folder is not None]
-    _check_items(first, name, found)
-    reference = references.get(index.untrained[key], [])
-    values = [_values(key, items, reference, config) for items in found]
-    for measure in measures:
-        estimate = None
-        if not missing:
-            estimate = mean_estimate(np.stack([each[measure] for each in values]), resampling)
-        yield Number(
-            first.arm,
-            first.budget,
-            first.num_rows,
-            name,
-            measure,
-            estimate,
-            [seed for seed in seeds if seed not in missing],
-            missing,
-            len(found[0]) if found else 0,
-        )
+    reference = read(index.untrained[key]) if kind == "pairs" else []
+    known = prompts[name] if kind == "pairs" else None
+    found = {entry.seed: read(entry.measures[key]) for entry in group if key in entry.measures}
+    return gather(group, _seeds(group, index), name, found, lambda items: _values(key, items, reference, config), known)
 
 
-def _judged(
-    first: Entry,
-    key: str,
-    seeds: Sequence[int | None],
-    folders: Sequence[str | None],
-    read: Reader,
-    resampling: Resampling,
+def _gather_verdicts(
+    group: Sequence[Entry], key: str, index: Index, config: EvaluationConfig, read: Reader, prompts: Prompts
+) -> Gathered | None:
+    """None where no seed was judged: the row has no opponent, or the judge has not come to it."""
+    found = {entry.seed: read(entry.verdicts[key]) for entry in group if key in entry.verdicts}
+    name = key.partition("/")[2]
+    return gather(group, _seeds(group, index), key, found, verdict_values, prompts[name]) if found else None
+
+
+def _seeds(group: Sequence[Entry], index: Index) -> list[int | None]:
+    return [None] if group[0].seed is None else list(index.seeds)
+
+
+def _numbers(
+    first: Entry, key: str, is_judged: bool, own: Gathered, other: Gathered | None, resampling: Resampling
 ) -> Iterator[Number]:
-    judge, _, name = key.partition("/")
-    missing = [seed for seed, folder in zip(seeds, folders, strict=True) if folder is None]
-    if len(missing) == len(seeds):
-        return  # the row has no opponent, or the judge has not come to it
-    found = [list(read(folder)) for folder in folders if folder is not None]
-    _check_items(first, key, found)
-    usable = [all(items[place]["score"] is not None for items in found) for place in range(len(found[0]))]
-    unusable = sum(item["score"] is None for items in found for item in items)
-    scores_SN, lengths_SN = (
-        np.array([[item[what] for item, use in zip(items, usable, strict=True) if use] for items in found], dtype=float)
-        for what in ("score", "length_difference")
-    )
-
-    def controlled(taken_S: NDArray[np.int64], taken_N: NDArray[np.int64]) -> float:
-        places = np.ix_(taken_S, taken_N)
-        return length_controlled_win_rate(scores_SN[places].ravel(), lengths_SN[places].ravel())
-
-    whole = not missing and scores_SN.size > 0
-    estimates = {
-        "win_rate": mean_estimate(scores_SN, resampling) if whole else None,
-        "length_controlled_win_rate": crossed_estimate(len(found), sum(usable), controlled, resampling)
-        if whole
-        else None,
-    }
-    for measure, estimate in estimates.items():
+    kind, _, name = key.partition("/")  # of verdicts, judge and held-out set
+    for measure in (WIN_RATE, CONTROLLED) if is_judged else MEASURES[kind]:
         yield Number(
             first.arm,
             first.budget,
             first.num_rows,
-            f"{name}/{judge}",
+            f"{name}/{kind}" if is_judged else name,
             measure,
-            estimate,
-            [seed for seed in seeds if seed not in missing],
-            missing,
-            sum(usable),
-            unusable,
-        )
-
-
-def _check_items(first: Entry, name: str, found: Sequence[Sequence[Item]]) -> None:
-    ids = [[item["item_id"] for item in items] for items in found]
-    if any(each != ids[0] for each in ids):
-        raise AccountingError(
-            f"evaluation: {first.arm} at {first.budget}: its seeds were measured on other items of {name}. Run "
-            "`rose-ray evaluate` again."
+            own.estimate(measure, resampling),
+            own.seeds,
+            own.missing,
+            int(own.usable_N.sum()),
+            own.num_prompts,
+            own.num_unusable,
+            difference=None if other is None else own.difference(other, measure, resampling),
         )
 
 
@@ -235,7 +226,7 @@ def with_knees(numbers: Sequence[Number]) -> list[Number]:
 
 def number_record(number: Number) -> dict[str, Any]:
     """Return a number as a flat record: a line of the CSV, an object of the JSON."""
-    estimate = number.estimate
+    estimate, difference = number.estimate, number.difference
     return {
         "arm": number.arm,
         "budget": number.budget,
@@ -245,9 +236,14 @@ def number_record(number: Number) -> dict[str, Any]:
         "value": estimate.value if estimate else None,
         "low": estimate.low if estimate else None,
         "high": estimate.high if estimate else None,
+        "difference": difference.value if difference else None,
+        "difference_low": difference.low if difference else None,
+        "difference_high": difference.high if difference else None,
         "seeds": number.seeds,
         "missing_seeds": number.missing,
         "items": number.num_items,
+        "prompts": number.num_prompts,
         "unusable": number.num_unusable,
         "knee": number.is_knee,
+        "same_as": list(number.same_as),
     }

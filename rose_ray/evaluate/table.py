@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from rose_ray.evaluate.gathered import CONTROLLED
 from rose_ray.evaluate.measures import HIGHER_IS_BETTER
 from rose_ray.evaluate.results import Number, number_record
+from rose_ray.evaluate.trials import RANDOM
 
 
 def table_lines(numbers: Sequence[Number], level: float) -> Iterator[str]:
     """Yield the table as lines of text: a block a benchmark, a line a row, a column a measure.
+
+    Below each block stands by how much rows are above random rows of their budget, in what higher is better of.
 
     Args:
         numbers: From `table_numbers`.
@@ -20,22 +24,39 @@ def table_lines(numbers: Sequence[Number], level: float) -> Iterator[str]:
     """
     for benchmark in dict.fromkeys(number.benchmark for number in numbers):
         own = [number for number in numbers if number.benchmark == benchmark]
-        measures = list(dict.fromkeys(number.measure for number in own))
-        items = max(number.num_items for number in own)
-        yield f"{benchmark}: {items:,} items; {level:.0%} intervals over seeds and items; * knee"
-        head = [f"{measure} {'↑' if HIGHER_IS_BETTER[measure] else '↓'}" for measure in measures]
-        rows = [["", "budget", "rows", *head]]
-        notes: dict[str, None] = {}
-        for arm, budget in dict.fromkeys((number.arm, number.budget) for number in own):
-            line = [number for number in own if (number.arm, number.budget) == (arm, budget)]
-            cells = {number.measure: _cell(number) for number in line}
-            rows.append([arm, budget_text(budget), f"{line[0].num_rows:,}", *(cells.get(m, "") for m in measures)])
-            notes |= dict.fromkeys(_notes(line[0]))
-        widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-        for row in rows:
-            yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        yield from (f"  {note}" for note in notes)
+        most = max(own, key=lambda number: number.num_items)
+        of = f" of {most.num_prompts:,} prompts" if most.num_prompts < most.num_items else ""
+        yield f"{benchmark}: {most.num_items:,} items{of}; {level:.0%} intervals over seeds and items; * knee"
+        yield from _block(own, _cell)
+        yield from (f"  {note}" for note in dict.fromkeys(note for number in own for note in _notes(number)))
+        budgets = {number.budget for number in own if number.arm == RANDOM}
+        paired = [
+            number
+            for number in own
+            if number.budget in budgets
+            and number.arm != RANDOM
+            and HIGHER_IS_BETTER[number.measure]
+            and number.measure != CONTROLLED
+        ]
+        if paired:
+            yield "  difference from random: same budget, seeds and items"
+            yield from _block(paired, _difference_cell)
         yield ""
+
+
+def _block(numbers: Sequence[Number], cell: Callable[[Number], str]) -> Iterator[str]:
+    measures = list(dict.fromkeys(number.measure for number in numbers))
+    head = [f"{measure} {'↑' if HIGHER_IS_BETTER[measure] else '↓'}" for measure in measures]
+    rows = [["", "budget", "rows", *head]]
+    for arm, budget in dict.fromkeys((number.arm, number.budget) for number in numbers):
+        line = [number for number in numbers if (number.arm, number.budget) == (arm, budget)]
+        cells = {number.measure: cell(number) for number in line}
+        more = f" +{len(line[0].same_as)}" if line[0].same_as else ""
+        first = [f"{arm}{more}", budget_text(budget), f"{line[0].num_rows:,}"]
+        rows.append([*first, *(cells.get(measure, "") for measure in measures)])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
 
 
 def budget_text(budget: float | None) -> str:
@@ -51,8 +72,18 @@ def _cell(number: Number) -> str:
     return f"{estimate.value:.3f}{interval}{'*' if number.is_knee else ''}"
 
 
+def _difference_cell(number: Number) -> str:
+    difference = number.difference
+    if difference is None:
+        return "missing"
+    interval = "" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"{difference.value:+.3f}{interval}"
+
+
 def _notes(number: Number) -> Iterator[str]:
     row = f"{number.arm} at {budget_text(number.budget)}"
+    if number.same_as:
+        yield f"{number.arm}: the same models as {', '.join(number.same_as)}"
     if number.missing:
         listed = ", ".join("untrained" if seed is None else str(seed) for seed in number.missing)
         total = len(number.seeds) + len(number.missing)
@@ -69,12 +100,12 @@ def table_json(numbers: Sequence[Number]) -> str:
 
 
 def table_csv(numbers: Sequence[Number]) -> str:
-    """Return the numbers as CSV; seeds are separated by spaces, what is missing is empty."""
+    """Return the numbers as CSV; seeds and names are separated by spaces, what is missing is empty."""
     out = io.StringIO()
     records = [number_record(number) for number in numbers]
     writer = csv.DictWriter(out, fieldnames=list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        seeds = {name: " ".join(map(str, record[name])) for name in ("seeds", "missing_seeds")}
-        writer.writerow({**record, **seeds})
+        lists = {name: " ".join(map(str, record[name])) for name in ("seeds", "missing_seeds", "same_as")}
+        writer.writerow({**record, **lists})
     return out.getvalue()

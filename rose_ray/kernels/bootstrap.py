@@ -1,6 +1,6 @@
 """Intervals by resampling: how far a number would move with other seeds and other items.
 
-Shapes: S seeds, N items, R resamples, U units.
+Shapes: S seeds, N items, G groups of items, R resamples, U units.
 """
 
 from __future__ import annotations
@@ -53,19 +53,21 @@ class Estimate:
     high: float | None
 
 
-def mean_estimate(values_SN: NDArray[Any], resampling: Resampling) -> Estimate:
+def mean_estimate(values_SN: NDArray[Any], resampling: Resampling, groups_N: NDArray[Any] | None = None) -> Estimate:
     """Mean over seeds and items, with an interval over both.
 
-    Every resample draws S seeds and, apart from them, N items with replacement: all seeds meet the same items, so the
-    design is crossed (Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111). With one seed the interval is over items
-    alone, and says nothing of how another training would have come out.
+    Every resample draws S seeds and, apart from them, G groups of items with replacement: all seeds meet the same
+    items, so the design is crossed (Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111). A group is drawn whole,
+    and each of its items counts as often as the group was drawn. With one seed the interval is over items alone, and
+    says nothing of how another training would have come out; with one group it is over seeds alone.
 
     Args:
         values_SN: A number per seed and item, finite.
         resampling: R, level, seed.
+        groups_N: A label for each item; items of one label are no independent ones. Every item is a group where None.
 
     Raises:
-        ShapeError: Not two axes, or one is empty.
+        ShapeError: Not two axes, or one is empty; another number of labels than of items.
         NonFiniteError: A value is NaN or infinite.
     """
     values_SN = np.asarray(values_SN, dtype=np.float64)
@@ -75,16 +77,20 @@ def mean_estimate(values_SN: NDArray[Any], resampling: Resampling) -> Estimate:
         raise NonFiniteError(f"{(~np.isfinite(values_SN)).sum()} of {values_SN.size} values are NaN or infinite")
     value = float(values_SN.mean())
     num_seeds, num_items = values_SN.shape
-    if values_SN.size == 1:
+    places_N = _group_places(num_items, groups_N)
+    sizes_G = np.bincount(places_N)
+    sums_SG = np.stack([np.bincount(places_N, weights=values_N) for values_N in values_SN])
+    num_groups = len(sizes_G)
+    if num_seeds * num_groups == 1:
         return Estimate(value, None, None)
     random = np.random.default_rng(resampling.seed)
     means = []
-    step = max(1, _BLOCK_NUMBERS // (num_seeds + num_items))
+    step = max(1, _BLOCK_NUMBERS // (num_seeds + num_groups))
     for start in range(0, resampling.num_resamples, step):
         size = min(step, resampling.num_resamples - start)
         seeds_RS = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size) / num_seeds
-        items_RN = random.multinomial(num_items, np.full(num_items, 1 / num_items), size) / num_items
-        means.append(((seeds_RS @ values_SN) * items_RN).sum(axis=1))
+        groups_RG = random.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size)
+        means.append(((seeds_RS @ sums_SG) * groups_RG).sum(axis=1) / (groups_RG @ sizes_G))
     return _interval(value, np.concatenate(means), resampling.level)
 
 
@@ -101,11 +107,13 @@ def unit_estimate(
 
     Returns:
         None where the statistic of the units as they are is undefined; no interval where fewer than half of the
-        resamples are defined.
+        resamples are defined, or there is one unit.
     """
     value = statistic(np.arange(num_units))
     if value is None:
         return None
+    if num_units == 1:
+        return Estimate(value, None, None)
     random = np.random.default_rng(resampling.seed)
     drawn = (statistic(random.integers(0, num_units, num_units)) for _ in range(resampling.num_resamples))
     found = np.array([each for each in drawn if each is not None], dtype=np.float64)
@@ -119,6 +127,7 @@ def crossed_estimate(
     num_items: int,
     statistic: Callable[[NDArray[np.int64], NDArray[np.int64]], float],
     resampling: Resampling,
+    groups_N: NDArray[Any] | None = None,
 ) -> Estimate:
     """A statistic of a table of seeds by items, with an interval over both, drawn as in :func:`mean_estimate`.
 
@@ -126,16 +135,34 @@ def crossed_estimate(
         num_seeds, num_items: S and N.
         statistic: Gets the seeds and the items taken, some of them several times.
         resampling: R, level, seed.
+        groups_N: As in :func:`mean_estimate`.
+
+    Raises:
+        ShapeError: Another number of labels than of items.
     """
     value = statistic(np.arange(num_seeds), np.arange(num_items))
-    if num_seeds * num_items == 1:
+    places_N = _group_places(num_items, groups_N)
+    members = np.split(np.argsort(places_N, kind="stable"), np.cumsum(np.bincount(places_N))[:-1])
+    if num_seeds * len(members) == 1:
         return Estimate(value, None, None)
     random = np.random.default_rng(resampling.seed)
-    drawn = [
-        statistic(random.integers(0, num_seeds, num_seeds), random.integers(0, num_items, num_items))
-        for _ in range(resampling.num_resamples)
-    ]
+    drawn = []
+    for _ in range(resampling.num_resamples):
+        taken_S = random.integers(0, num_seeds, num_seeds)
+        groups_G = random.integers(0, len(members), len(members))
+        drawn.append(statistic(taken_S, np.concatenate([members[group] for group in groups_G])))
     return _interval(value, np.array(drawn), resampling.level)
+
+
+def _group_places(num_items: int, groups_N: NDArray[Any] | None) -> NDArray[np.int64]:
+    """The number of each item's group, from 0, [N]."""
+    if groups_N is None:
+        return np.arange(num_items)
+    if np.shape(groups_N) != (num_items,):
+        raise ShapeError(
+            f"labels of groups have shape {np.shape(groups_N)}; expected one for each of {num_items} items"
+        )
+    return np.unique(groups_N, return_inverse=True)[1]
 
 
 def _interval(value: float, resampled_R: NDArray[np.float64], level: float) -> Estimate:

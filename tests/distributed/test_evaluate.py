@@ -76,6 +76,10 @@ def test_a_whole_evaluation(finished: FinishedJob, copied: Path, caplog: pytest.
     margins = {(n["arm"], n["budget"]): n["value"] for n in table if n["measure"] == "margin"}
     assert margins["zero_shot", None] == 0.0 and margins["alpha", 1.0] == margins["full", 1.0]
     assert margins["dpo_shots:alpha", None] != 0.0
+    differences = {(n["arm"], n["budget"]): n["difference"] for n in table if n["measure"] == "margin"}
+    assert differences["alpha", 0.1] == pytest.approx(margins["alpha", 0.1] - margins["random", 0.1])
+    assert differences["full", 1.0] == 0.0 and differences["dpo_shots:alpha", None] is None
+    assert "difference from random" in text
     assert (copied / "evaluation/report/unseen-margin.svg").exists()
     assert verify(Workspace.open(str(copied))).is_clean
 

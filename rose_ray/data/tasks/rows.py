@@ -56,6 +56,7 @@ class TaskRow:
         row_id: The record's ``id`` as text, or its file's name and place.
         subtask: Subject, language, kind of problem; None where the record names none.
         split: As the record or its file says; None where neither does.
+        file: Of the row; of a member of an archive, ``ARCHIVE:MEMBER``.
         where: File and row, for messages.
         question: Question with its context, behind its file's instruction; or the text to sum up.
         options: Of a multiple choice, in order; else empty.
@@ -67,6 +68,7 @@ class TaskRow:
     row_id: str
     subtask: str | None
     split: str | None
+    file: str
     where: str
     question: str
     options: tuple[str, ...]
@@ -154,7 +156,7 @@ def task_row(record: LabelledRecord, task: TaskSpec) -> TaskRow:
         row_id = f"{record.stem}/{value['split']}/{record.place}"
     subtask = next((str(value[key]) for key in _SUBTASK_KEYS if _is_label(value.get(key))), None)
     where = f"{record.file} row {record.place}"
-    return TaskRow(row_id, subtask, _split(record), where, question, options, gold, answers, value)
+    return TaskRow(row_id, subtask, _split(record), record.file, where, question, options, gold, answers, value)
 
 
 def _choices(value: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:

@@ -55,6 +55,7 @@ def test_exact_answers(tmp_path: Path) -> None:
     ]
     found = {q.item_id: q for q in task(tmp_path, rows, "exact_match").questions}
     assert found["a"].answers == ("False",) and found["c"].answers == ("Bo",)
+    assert dict(task(tmp_path, rows, "exact_match").settings)["extract"] == "final"
     assert found["b"].text == "Ann ran.\n\nQuestion: Who?" and found["b"].answers == ("Ann", "she")
 
 
@@ -94,7 +95,7 @@ def test_a_few_shot_split_is_not_measured_on(tmp_path: Path) -> None:
         task(tmp_path, rows, splits=["val"])
 
 
-@pytest.mark.parametrize("split", ["dev", "train", "fewshot"])
+@pytest.mark.parametrize("split", ["dev", "train", "auxiliary_train"])
 def test_the_only_split_may_be_a_few_shot_one(tmp_path: Path, split: str) -> None:
     rows = [{**CHOICE, "split": split}]
     with pytest.raises(

@@ -80,6 +80,10 @@ def test_told() -> None:
     assert lines[0].startswith("h: rank correlation across models")
     (line,) = [line for line in lines if "dpo_loss" in line and "margin" in line]
     assert "Spearman -1.00 [-1.00, -1.00]" in line and "(6 models of 3 rows)" in line
+    mechanical = "  dpo_loss is computed from each pair's margin"
+    assert not any(line.startswith(mechanical) for line in lines)
+    unjudged = [each for each in made if not each.outcome.startswith("win_rate")]
+    assert list(association_lines(unjudged, 0.95))[-1].startswith(mechanical)
     assert association_records(made)[0]["loss"] == "ce_chosen" and "training_length" not in made[0].partial
 
 
