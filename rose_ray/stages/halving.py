@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|\bCU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED\b"  # workspaces that libraries of CUDA take beside torch's allocator
     r"|\bTriton Error \[CUDA\]: out of memory"  # a kernel being loaded
 )
-"""Texts of plain RuntimeErrors, in torch's or Triton's words; no other error of CUDA gets better with smaller batches."""
+"""Texts of plain RuntimeErrors, in torch's or Triton's words. Other errors of CUDA have other cures."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The adapter's part of one layer against plain autograd. Whole models: tests/equivalence/test_per_sample_gradients.py."""
+"""The adapter's part of one layer against plain autograd. Whole models: tests/equivalence."""
 
 from __future__ import annotations
 

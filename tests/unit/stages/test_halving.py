@@ -33,7 +33,7 @@ def test_halvings_of_runners_out_of_sight_are_counted_while_asked_for(monkeypatc
     [
         ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried", True),
         (
-            "[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
+            "[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory: you tried",
             True,
         ),
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call", True),
