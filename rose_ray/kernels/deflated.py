@@ -63,7 +63,8 @@ class DeflatedProjection:
 
     def unit(self, offset: int, num_parameters: int) -> Tensor:
         """Return a slice of c, [n]."""
-        return self._unit_P[offset : offset + num_parameters]
+        unit_n: Tensor = self._unit_P[offset : offset + num_parameters]
+        return unit_n
 
     def add_sketched(self, out_BE: Tensor, sketched_BD: Tensor, along_B: Tensor) -> None:
         """Do as `add` does, given S of a slice's values and their product with `unit`: for a kernel that made both."""
