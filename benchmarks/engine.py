@@ -2,17 +2,22 @@
 
 python benchmarks/engine.py                    every part: half an hour on two cores
 python benchmarks/engine.py --part projections --rounds 7
+python benchmarks/engine.py --part sizes --sizes 1b 7b --dtypes bfloat16 --device cuda
+python benchmarks/engine.py --only "engine, sketch" "engine, exact 16"
 python benchmarks/engine.py --data ../shared   lengths of a real pool instead of drawn ones
+
+On CUDA every sketch and exact variant stands there twice, with the kernels of torch and with the fused one of Triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from rose_ray.data.batches import length_batches, padding_fraction
 from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.adam import AdamState, common_direction
 from rose_ray.kernels.deflated import DeflatedProjection
+from rose_ray.kernels.direction_sums import KernelKind
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.layout import ParameterLayout, layout_of
@@ -35,10 +41,14 @@ from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_dir
 
 BASELINE = "plain step, full logits"
 LABEL_ONLY = "plain step, labels only"
+DROPPED = "engine, gradients dropped"
+"""One forward and one backward pass with every per-sample gradient formed, and thrown away: what the others take
+beyond this follows the backward pass."""
 
+ROOM = 1.25
+"""What a pass may take beside what is held, over what the plain step took: an allocator's pieces leave gaps."""
 
-Variant = tuple[str, torch.dtype, str, int]
-"""Name, type of the base, projection, width."""
+Section = tuple[str, "Setting", list["Variant"]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,6 @@ class Setting:
     device: str
     data: str | None
     num_samples: int
-    kernel: str = "torch"
 
     def batches(self) -> list[Batch]:
         """The samples, sorted by length and padded, as the engine batches them."""
@@ -70,10 +79,53 @@ class Setting:
         return pool_samples(root / "data/pool/pool.jsonl.gz", root / "models/tiny-llama-4m", self.num_samples)
 
 
-@functools.lru_cache(maxsize=3)
+@dataclass(frozen=True)
+class Variant:
+    """One pass to time.
+
+    Attributes:
+        name: In the table.
+        dtype: Of base and, in the engine, adapter.
+        projection: What `_projections` makes; "" for a plain step, ``dropped`` for no work behind the gradients.
+        dim: Its width.
+        kernel: Of the work behind the gradients.
+    """
+
+    name: str
+    dtype: torch.dtype
+    projection: str = ""
+    dim: int = 0
+    kernel: KernelKind = "torch"
+
+    def wanted(self, only: Sequence[str] | None) -> bool:
+        """Whether it was asked for, by its whole name or by what stands before one of its commas."""
+        return not only or any(f"{self.name},".startswith(f"{each},") for each in only)
+
+    def basis_bytes(self, num_parameters: int) -> int:
+        """Bytes of the vectors of P numbers that its projection holds."""
+        rows = int(self.projection.split()[1]) if self.projection.startswith("exact") else 0
+        return 4 * num_parameters * (rows + self.projection.endswith("deflated"))
+
+
+@functools.lru_cache(maxsize=4)
 def shared_model(setting: Setting, dtype: torch.dtype, adapter: torch.dtype) -> nn.Module:
     """One model for all variants of these types: a large one fits a device once or twice, not twenty times."""
     return make_model(SIZES[setting.size], setting.rank, dtype, adapter=adapter, device=setting.device)
+
+
+@functools.lru_cache(maxsize=2)
+def shared_moments(setting: Setting, module: nn.Module) -> AdamMoments:
+    """One optimizer's moments for all variants of a model, on its device."""
+    return AdamMoments.of(make_checkpoint(module)).to(torch.device(setting.device))
+
+
+def free_all() -> None:
+    """Let go of what the last section's variants shared."""
+    shared_model.cache_clear()
+    shared_moments.cache_clear()
+    gc.collect()  # a model's modules refer to one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
@@ -84,15 +136,22 @@ def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
     return lambda: step(model, batches)
 
 
-def engine(setting: Setting, dtype: torch.dtype, projection: str, dim: int) -> Pass:
+def engine(setting: Setting, variant: Variant) -> Pass:
     """This project's pass: one forward and one backward, Adam and projection on the way."""
-    module = shared_model(setting, dtype, dtype)
+    module = shared_model(setting, variant.dtype, variant.dtype)
     layout = layout_of(module)
-    checkpoint = make_checkpoint(module)
-    moments = AdamMoments.of(checkpoint).to(torch.device(setting.device))
-    projections = [each.to(setting.device) for each in _projections(projection, dim, layout, checkpoint)]
-    settings = DirectionSettings("torch", "float16", setting.tokens, kernel=setting.kernel)  # type: ignore[arg-type]
     batches = setting.batches()
+    if variant.projection == "dropped":
+
+        def dropping() -> None:
+            with closing(ScoringModel(module, setting.device)) as model:
+                for batch in batches:
+                    model.backward_per_sample(batch, "mean_loss", lambda name, grads_BOI: None)
+
+        return dropping
+    moments = shared_moments(setting, module)
+    projections = _projections(variant, layout, moments, setting.device)
+    settings = DirectionSettings("torch", "float16", setting.tokens, kernel=variant.kernel)
 
     def once() -> None:
         with closing(ScoringModel(module, setting.device)) as model:
@@ -102,145 +161,228 @@ def engine(setting: Setting, dtype: torch.dtype, projection: str, dim: int) -> P
     return once
 
 
-def _projections(name: str, dim: int, layout: ParameterLayout, checkpoint: Any) -> list[Projection]:
+def _projections(variant: Variant, layout: ParameterLayout, moments: AdamMoments, device: str) -> list[Projection]:
+    name, dim = variant.projection, variant.dim
     shapes = [(shape[0], shape[1]) for _, shape in layout.shapes]
     size = layout.num_parameters
     if name == "no projection":
         return []
-    if name.startswith("exact"):
-        basis = torch.nn.functional.normalize(torch.randn(int(name.split()[1]), size), dim=1)
-        return [SpanProjection(basis, "random")]
+    if name.startswith("exact"):  # made where it stays: the host may not hold it, nor the device twice
+        basis = torch.randn(int(name.split()[1]), size, device=device)
+        return [SpanProjection(basis.div_(torch.linalg.vector_norm(basis, dim=1, keepdim=True)), "random")]
     inner = make_projection(name.removesuffix(", deflated"), dim, 0, size, shapes=shapes)  # type: ignore[arg-type]
     if not name.endswith("deflated"):
-        return [inner]
+        return [inner.to(device)]
     state = AdamState(100, 0.9, 0.999, 1e-8)
-    parts = [
-        common_direction(checkpoint.exp_avg[key], checkpoint.exp_avg_sq[key], state, "torch")
-        for key, _ in layout.shapes
-    ]
-    return [DeflatedProjection(inner, torch.cat([part.flatten() for part in parts if part is not None]))]
+    names = [key for key, _ in layout.shapes]
+    parts = [common_direction(moments.exp_avg[key], moments.exp_avg_sq[key], state, "torch") for key in names]
+    return [DeflatedProjection(inner.to(device), torch.cat([part.flatten() for part in parts if part is not None]))]
 
 
-def compared(setting: Setting, variants: Sequence[Variant], rounds: int, baseline: torch.dtype) -> list[dict[str, Any]]:
-    """Time variants beside both plain steps of a type; tokens per second count real tokens, padding left out."""
-    passes: dict[str, Pass] = {
-        BASELINE: plain(setting, baseline, label_only=False),
-        LABEL_ONLY: plain(setting, baseline, label_only=True),
-    }
-    if baseline is torch.float32 and any(dtype is torch.bfloat16 for _, dtype, _, _ in variants):
-        passes[f"{BASELINE}, bf16 base"] = plain(setting, torch.bfloat16, label_only=False)
-    for name, dtype, projection, dim in variants:
-        passes[name] = engine(setting, dtype, projection, dim)
+def compared(
+    setting: Setting, variants: Sequence[Variant], rounds: int, baseline: torch.dtype
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Time variants beside both plain steps of their types; tokens per second count real tokens, padding left out.
+
+    Returns:
+        A row a variant, and a line for each that the device has no room for.
+    """
+    plains = [Variant(BASELINE, baseline), Variant(LABEL_ONLY, baseline)]
+    for dtype in {each.dtype for each in variants} - {baseline}:
+        plains += [Variant(f"{each}, {_short(dtype)} base", dtype) for each in (BASELINE, LABEL_ONLY)]
+    passes = {each.name: plain(setting, each.dtype, label_only=each.name.startswith(LABEL_ONLY)) for each in plains}
+    meter = memory_meter(torch.device(setting.device))
+    room = ROOM * (meter.peak_bytes(passes[BASELINE]) - meter.peak_bytes(lambda: None))
+    left_out = []
+    for variant in variants:
+        module = shared_model(setting, variant.dtype, variant.dtype)
+        held = variant.basis_bytes(layout_of(module).num_parameters)
+        free = meter.available_bytes() - meter.peak_bytes(lambda: None)
+        if held and held + room > free:
+            held_gib, room_gib, free_gib = (size / 2**30 for size in (held, room, free))
+            sizes = f"{held_gib:.1f} GiB of basis and {room_gib:.1f} of a pass do not fit into {free_gib:.1f}"
+            left_out.append(f"{variant.name}: {sizes}")
+            print(f"left out: {left_out[-1]}", flush=True)
+            continue
+        passes[variant.name] = engine(setting, variant)
     tokens = sum(len(sample.input_ids) for sample in setting.samples())
     rows = compare(passes, BASELINE, rounds=rounds, device=setting.device)
-    label_only = next(row.seconds for row in rows if row.name == LABEL_ONLY)
+    dtypes = {each.name: each.dtype for each in (*plains, *variants)}
+    label_only = {dtypes[row.name]: row.seconds for row in rows if row.name.startswith(LABEL_ONLY)}
     return [
         {
             "variant": row.name,
             "over plain step": row.ratio,
             "low": row.low,
             "high": row.high,
-            "over label-only step": label_only / row.seconds,
+            "over label-only step of its type": label_only[dtypes.get(row.name, baseline)] / row.seconds,
             "tokens/s": tokens / row.seconds,
         }
         for row in rows
-    ]
+    ], left_out
 
 
-def peak_memory(setting: Setting, name: str, dtype: torch.dtype, projection: str, dim: int) -> dict[str, Any]:
+def peak_memory(setting: Setting, variant: Variant) -> dict[str, Any]:
     """Most bytes held during a second pass, above what is held between passes; in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        high, low = pool.apply(_peak, (setting, name, dtype, projection, dim))
+        high, low = pool.apply(_peak, (setting, variant))
     return {
-        "variant": name,
+        "variant": variant.name,
         "peak MiB": high / 2**20,
         "between passes MiB": low / 2**20,
         "added MiB": (high - low) / 2**20,
     }
 
 
-def _peak(setting: Setting, name: str, dtype: torch.dtype, projection: str, dim: int) -> tuple[int, int]:
+def _peak(setting: Setting, variant: Variant) -> tuple[int, int]:
     torch.set_num_threads(1)
-    once = plain(setting, dtype, label_only=False) if name == BASELINE else engine(setting, dtype, projection, dim)
+    once = engine(setting, variant) if variant.projection else plain(setting, variant.dtype, label_only=False)
     meter = memory_meter(torch.device(setting.device))
     once()
     low = meter.peak_bytes(lambda: None)
     return meter.peak_bytes(once), low
 
 
-def main() -> None:
-    """Run the parts asked for and write one result file each."""
+def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
+    """The variants of the part `projections`, those that hold most last."""
+    baseline = dtypes[0]
+    made = [Variant(DROPPED, baseline, "dropped"), Variant("engine, no projection", baseline, "no projection")]
+    for dim in (1024, 8192):
+        for kind in ("sketch", "sketch, deflated", "factored"):
+            made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
+    made.append(Variant("engine, rademacher, D 1024", baseline, "rademacher", 1024))
+    further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
+    exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]
+    return made + _in_further(dtypes, made + exact, further) + exact
+
+
+def a_few(dtypes: Sequence[torch.dtype]) -> list[Variant]:
+    """The variants of the other parts."""
+    made = [
+        Variant(DROPPED, dtypes[0], "dropped"),
+        Variant("engine, sketch, deflated, D 1024", dtypes[0], "sketch, deflated", 1024),
+        Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192),
+        Variant("engine, exact 16", dtypes[0], "exact 16"),
+    ]
+    return made + _in_further(dtypes, made, (DROPPED, "engine, sketch, deflated, D 1024", "engine, exact 16"))
+
+
+def _in_further(dtypes: Sequence[torch.dtype], variants: Sequence[Variant], names: tuple[str, ...]) -> list[Variant]:
+    chosen = [each for each in variants if each.name in names]
+    return [replace(each, name=f"{each.name}, {_short(d)}", dtype=d) for d in dtypes[1:] for each in chosen]
+
+
+def with_kernels(variants: Sequence[Variant], kernels: Sequence[KernelKind]) -> list[Variant]:
+    """Each variant once a kernel that has it; Triton's, where a job may set it, right behind torch's."""
+    made = []
+    for each in variants:
+        fused = each.projection.startswith(("sketch", "exact", "no projection"))
+        if "torch" in kernels or not fused:
+            made.append(each)
+        if "triton" in kernels and fused:
+            made.append(replace(each, name=f"{each.name}, triton", kernel="triton"))
+    return made
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "float32", torch.bfloat16: "bf16"}[dtype]
+
+
+def result_name(options: argparse.Namespace) -> str:
+    """What sets a run apart from others of its day: size, part, device, kernels, type, and a label if one is given."""
+    sizes = options.sizes if options.part == "sizes" else [options.size]
+    kernels = "+".join(options.kernels)
+    parts = ["engine", *sizes, options.part, options.device, kernels, "+".join(options.dtypes), options.label]
+    return "-".join(part for part in parts if part)
+
+
+def parsed() -> argparse.Namespace:
+    """The command's options, with what follows from one another filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["projections", "sizes", "ranks", "memory", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2048, help="bound on rows times length of a batch")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--kernel", choices=["torch", "triton"], default="torch")
-    parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument(
-        "--dtype",
+        "--kernels", nargs="+", choices=["torch", "triton"], help="taking turns; both on cuda, torch on the cpu"
+    )
+    parser.add_argument("--only", nargs="+", help="variants to time beside the plain steps, by name or its beginning")
+    parser.add_argument("--size", choices=list(SIZES), help="of every part; base, and for sizes see there")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the part sizes: --size, or small and large")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
         choices=["float32", "bfloat16"],
-        default="float32",
-        help="bfloat16: neither baseline nor variants in float32, for models that fit a device only so",
+        default=["float32", "bfloat16"],
+        help="the first is the baseline's; bfloat16 alone for models that fit a device only so",
     )
     parser.add_argument("--data", help="folder with data/pool and models/tiny-llama-4m; only with --size base")
+    parser.add_argument("--label", help="end of the result's name, where two runs of a day differ in something else")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    bf16 = torch.bfloat16
-    f32 = baseline = getattr(torch, options.dtype)
+    options.sizes = options.sizes or ([options.size] if options.size else ["small", "large"])
+    options.size = options.size or "base"
+    options.kernels = options.kernels or (["torch", "triton"] if options.device == "cuda" else ["torch"])
+    names = {each.name for _, _, variants in sections_of(options, None) for each in variants}
+    unknown = [each for each in options.only or [] if not any(f"{name},".startswith(f"{each},") for name in names)]
+    if unknown:
+        parser.error(f"--only: {unknown} begin no name of a variant; there are {sorted(names)}")
+    return options
+
+
+def sections_of(options: argparse.Namespace, only: Sequence[str] | None) -> list[Section]:
+    """What to compare, or to weigh, section by section."""
+    dtypes = [getattr(torch, name) for name in options.dtypes]
 
     def setting(size: str = options.size, rank: int = 64) -> Setting:
-        return Setting(size, rank, options.tokens, options.device, options.data, options.samples, options.kernel)
+        return Setting(size, rank, options.tokens, options.device, options.data, options.samples)
 
-    samples = setting().samples()
-    lengths = [len(sample.input_ids) for sample in samples]
-    padding = padding_fraction(lengths, length_batches(lengths, options.tokens))
-    labelled = sum(sample.num_labelled_tokens for sample in samples) / sum(lengths)
-    sections: dict[str, list[dict[str, Any]]] = {}
+    few = with_kernels(a_few(dtypes), options.kernels)
+    made: list[Section] = []
     if options.part in ("projections", "all"):
-        variants = [("engine, no projection", f32, "no projection", 0)]
-        for dim in (1024, 8192):
-            for kind in ("sketch", "sketch, deflated", "factored"):
-                variants.append((f"engine, {kind}, D {dim}", f32, kind, dim))
-        variants += [(f"engine, exact {j}", f32, f"exact {j}", 0) for j in (1, 16, 64, 256)]
-        variants += [("engine, rademacher, D 1024", f32, "rademacher", 1024)]
-        variants += [("engine, sketch, deflated, D 1024, bf16", bf16, "sketch, deflated", 1024)]
-        variants += [
-            ("engine, sketch, D 8192, bf16", bf16, "sketch", 8192),
-            ("engine, exact 16, bf16", bf16, "exact 16", 0),
-        ]
-        sections[f"projections: {options.size}, r 64"] = compared(setting(), variants, options.rounds, baseline)
-    few = [
-        ("engine, sketch, deflated, D 1024", f32, "sketch, deflated", 1024),
-        ("engine, sketch, deflated, D 8192", f32, "sketch, deflated", 8192),
-        ("engine, exact 16", f32, "exact 16", 0),
-        ("engine, sketch, deflated, D 1024, bf16", bf16, "sketch, deflated", 1024),
-        ("engine, exact 16, bf16", bf16, "exact 16", 0),
-    ]
+        every = with_kernels(every_projection(dtypes), options.kernels)
+        made.append((f"projections: {options.size}, r 64", setting(), every))
     if options.part in ("sizes", "all"):
-        for size in ("small", "large"):
-            sections[f"size: {size}, r 64"] = compared(setting(size), few, options.rounds, baseline)
+        made += [(f"size: {size}, r 64", setting(size), few) for size in options.sizes]
     if options.part in ("ranks", "all"):
-        for rank in (8, 128):
-            sections[f"rank: {options.size}, r {rank}"] = compared(setting(rank=rank), few, options.rounds, baseline)
+        made += [(f"rank: {options.size}, r {rank}", setting(rank=rank), few) for rank in (8, 128)]
     if options.part in ("memory", "all"):
-        measured = [(BASELINE, f32, "", 0), *few]
-        sections[f"memory: {options.size}, r 64"] = [peak_memory(setting(), *each) for each in measured]
+        made.append((f"memory: {options.size}, r 64", setting(), few))
+    return [(title, where, [each for each in variants if each.wanted(only)]) for title, where, variants in made]
+
+
+def main() -> None:
+    """Run the parts asked for and write one result file."""
+    options = parsed()
+    torch.set_num_threads(1)
+    baseline = getattr(torch, options.dtypes[0])
+    sections: dict[str, list[dict[str, Any]]] = {}
+    left_out: list[str] = []
+    for title, setting, variants in sections_of(options, options.only):
+        if title.startswith("memory"):
+            sections[title] = [peak_memory(setting, each) for each in (Variant(BASELINE, baseline), *variants)]
+            continue
+        sections[title], lines = compared(setting, variants, options.rounds, baseline)
+        left_out += [f"{title}: {line}" for line in lines]
+        free_all()
+    samples = Setting(options.size, 64, options.tokens, options.device, options.data, options.samples).samples()
+    lengths = [len(sample.input_ids) for sample in samples]
     facts = {
         "samples": len(samples),
+        "rounds": options.rounds,
         "tokens": sum(lengths),
-        "labelled": round(labelled, 3),
+        "labelled": round(sum(sample.num_labelled_tokens for sample in samples) / sum(lengths), 3),
         "batch tokens": options.tokens,
-        "padding": round(padding, 4),
+        "padding": round(padding_fraction(lengths, length_batches(lengths, options.tokens)), 4),
         "lengths": "real pool" if options.data else "log-normal",
-        "kernel": options.kernel,
-        "dtype": options.dtype,
+        "device": options.device,
+        "kernels": options.kernels,
+        "dtypes": options.dtypes,
+        "left out": left_out or "nothing",
     }
-    name = f"engine-{options.size}-{options.part}" if options.part != "all" else f"engine-{options.size}"
-    write_results(name, sections, facts, options.out)
+    write_results(result_name(options), sections, facts, options.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """How the price of features grows with rows, length, checkpoints and rank, each beside a straight line.
 
     python benchmarks/growth.py              a quarter of an hour on one core
+    python benchmarks/growth.py --device cuda --rows 512 --size 1b
     python benchmarks/growth.py --quick      whether it runs
 
 One engine process computes a shard's features as an actor does. Variants of one section take turns; a point is the
-median of its rounds, divided by what a straight line from the section's first point would give. The plot needs
-`pip install matplotlib`.
+median of its rounds with the 90 % bootstrap interval of that median, and that median over what a straight line from the
+section's first point would give. The plot needs `pip install matplotlib`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples
-from benchmarks.timing import machine, write_results
+from benchmarks.timing import Pass, interval, machine, timed, write_results
 from rose_ray.kernels.projection import make_projection
 from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import ScoringModel
@@ -30,35 +31,42 @@ from rose_ray.schemas import TOKENS
 from rose_ray.stages.directions import DirectionSettings
 from rose_ray.stages.features import shard_features
 
-SIZE = SIZES["base"]
 DIM = 8192
 BATCH_TOKENS = 2048
+UNITS = {"cpu": "CPU s", "cuda": "s"}
+"""Columns of seconds by device."""
 
 
-def scoring(rows: int, *, length: int | None = None, checkpoints: int = 1, rank: int = 64) -> Callable[[], float]:
-    """Return what computes a shard's features and says how many CPU seconds that took."""
-    module = make_model(SIZE, rank, torch.float32, adapter=torch.float32)
-    layout = layout_of(module)
-    steps = [make_checkpoint(module, seed) for seed in range(checkpoints)]
-    model = ScoringModel(module, "cpu")
-    projection = make_projection("sketch", DIM, 0, layout.num_parameters)
-    samples = make_samples(rows, SIZE.vocabulary, length=length)
-    tokens = pa.Table.from_pylist(
-        [{"row_id": str(number), **sample.__dict__} for number, sample in enumerate(samples)], schema=TOKENS
-    )
-    settings = DirectionSettings("torch", "float16", BATCH_TOKENS)
+@dataclass(frozen=True)
+class Scorer:
+    """What all points share: a size of model and a device."""
 
-    def once() -> float:
-        start = time.process_time()
-        made = shard_features(model, tokens, steps, layout, [[projection] * checkpoints], settings)
-        assert made.tables[0][0].num_rows == rows
-        return time.process_time() - start
+    size: str
+    device: str
 
-    return once
+    def __call__(self, rows: int, *, length: int | None = None, checkpoints: int = 1, rank: int = 64) -> Pass:
+        """Return what computes a shard's features."""
+        size = SIZES[self.size]
+        module = make_model(size, rank, torch.float32, adapter=torch.float32, device=self.device)
+        layout = layout_of(module)
+        steps = [make_checkpoint(module, seed) for seed in range(checkpoints)]
+        model = ScoringModel(module, self.device)
+        projection = make_projection("sketch", DIM, 0, layout.num_parameters).to(self.device)
+        samples = make_samples(rows, size.vocabulary, length=length)
+        tokens = pa.Table.from_pylist(
+            [{"row_id": str(number), **sample.__dict__} for number, sample in enumerate(samples)], schema=TOKENS
+        )
+        settings = DirectionSettings("torch", "float16", BATCH_TOKENS)
+
+        def once() -> None:
+            made = shard_features(model, tokens, steps, layout, [[projection] * checkpoints], settings)
+            assert made.tables[0][0].num_rows == rows
+
+        return once
 
 
 def section(
-    points: Mapping[float, Callable[[], float]], work: Mapping[float, float], rounds: int
+    points: Mapping[float, Pass], work: Mapping[float, float], rounds: int, device: str
 ) -> list[dict[str, Any]]:
     """Time the points in turns.
 
@@ -66,40 +74,36 @@ def section(
         points: What to run, by the number on the axis.
         work: What a straight line says that each costs, in any unit.
         rounds: How often.
+        device: Whose seconds.
     """
     seconds: dict[float, list[float]] = {point: [] for point in points}
     for once in points.values():
         once()
     for number in range(rounds):
         for point in list(points)[:: 1 if number % 2 == 0 else -1]:
-            seconds[point].append(points[point]())
+            seconds[point].append(timed(points[point], device))
     first = next(iter(points))
     base = statistics.median(seconds[first]) / work[first]
-    return [
-        {
-            "at": point,
-            "CPU s": statistics.median(times),
-            "low": min(times),
-            "high": max(times),
-            "over a straight line": statistics.median(times) / (base * work[point]),
-        }
-        for point, times in seconds.items()
-    ]
+    rows = []
+    for point, times in seconds.items():
+        median, (low, high) = statistics.median(times), interval(times)
+        line = median / (base * work[point])
+        rows.append({"at": point, UNITS[device]: median, "low": low, "high": high, "over a straight line": line})
+    return rows
 
 
-def measured(unit: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measured(scoring: Scorer, unit: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Return the four sections; ``unit`` rows are the smallest shard."""
     rows = {float(unit * factor): scoring(unit * factor) for factor in (1, 4, 16)}
+    made = {"rows": section(rows, {n: n for n in rows}, rounds, scoring.device)}
     lengths = {float(s): scoring(max(1, 2 * unit * 128 // s), length=s) for s in (128, 256, 512, 1024, 2048)}
     tokens = {s: max(1, int(2 * unit * 128 // s)) * s for s in lengths}
+    made["length, equal numbers of tokens"] = section(lengths, tokens, rounds, scoring.device)
     checkpoints = {float(c): scoring(unit, checkpoints=c) for c in (1, 2, 3, 4)}
+    made["checkpoints"] = section(checkpoints, {c: c for c in checkpoints}, rounds, scoring.device)
     ranks = {float(r): scoring(unit, rank=r) for r in (8, 16, 32, 64, 128)}
-    return {
-        "rows": section(rows, {n: n for n in rows}, rounds),
-        "length, equal numbers of tokens": section(lengths, tokens, rounds),
-        "checkpoints": section(checkpoints, {c: c for c in checkpoints}, rounds),
-        "LoRA rank": section(ranks, dict.fromkeys(ranks, 1.0), rounds),
-    }
+    made["LoRA rank"] = section(ranks, dict.fromkeys(ranks, 1.0), rounds, scoring.device)
+    return made
 
 
 def plot(sections: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -110,10 +114,11 @@ def plot(sections: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(sections), figsize=(13, 3.2), constrained_layout=True)
+    unit = next(each for each in UNITS.values() if each in next(iter(sections.values()))[0])
     for axis, (title, points) in zip(axes, sections.items(), strict=True):
         at = [point["at"] for point in points]
-        seconds = [point["CPU s"] for point in points]
-        line = [point["CPU s"] / point["over a straight line"] for point in points]
+        seconds = [point[unit] for point in points]
+        line = [point[unit] / point["over a straight line"] for point in points]
         spread = [
             [s - p["low"] for s, p in zip(seconds, points, strict=True)],
             [p["high"] - s for s, p in zip(seconds, points, strict=True)],
@@ -130,7 +135,7 @@ def plot(sections: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         else:
             axis.set_ylim(0, 1.25 * max(*seconds, *line))
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("CPU seconds")
+    axes[0].set_ylabel({"CPU s": "CPU seconds", "s": "seconds"}[unit])
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -139,6 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32, help="rows of the smallest shard")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", choices=list(SIZES), default="base")
+    parser.add_argument("--device", choices=list(UNITS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="four rows, one round")
     parser.add_argument("--plot", type=Path, help="draw the plot of a results file instead of measuring")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -147,10 +154,19 @@ def main() -> None:
         plot(json.loads(options.plot.read_text())["sections"], options.plot.with_suffix(".svg"))
         return
     torch.set_num_threads(1)
-    sections = measured(4 if options.quick else options.rows, 1 if options.quick else options.rounds)
-    facts = {"model": "base", "D": DIM, "projection": "sketch", "batch tokens": BATCH_TOKENS}
-    write_results("growth", sections, facts, options.out)
-    plot(sections, options.out / f"{machine()['date']}-growth.svg")
+    unit, rounds = (4, 1) if options.quick else (options.rows, options.rounds)
+    sections = measured(Scorer(options.size, options.device), unit, rounds)
+    facts = {
+        "model": options.size,
+        "device": options.device,
+        "rounds": rounds,
+        "D": DIM,
+        "projection": "sketch",
+        "batch tokens": BATCH_TOKENS,
+    }
+    name = f"growth-{options.size}-{options.device}"
+    write_results(name, sections, facts, options.out)
+    plot(sections, options.out / f"{machine()['date']}-{name}.svg")
 
 
 if __name__ == "__main__":

@@ -227,6 +227,12 @@ def run_runner(name: str, interpreter: Path, options: argparse.Namespace) -> lis
         return [row_of(fields) for fields in json.loads(rows.read_text())]
 
 
+def version_in(interpreter: Path, package: str) -> str:
+    """Return a package's version in an environment."""
+    command = [str(interpreter), "-c", f"from importlib.metadata import version; print(version({package!r}))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Return the rows as Markdown."""
     lines = ["# Rivals", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
@@ -295,7 +301,10 @@ def main() -> None:
         print(f"{rows[-1].name}: {rows[-1].rate:.3g}", file=sys.stderr)
     for name in RUNNERS:
         if not options.only or any(each.startswith(name) for each in options.only):
-            rows += run_runner(name, getattr(options, name), options)
+            measured = run_runner(name, getattr(options, name), options)
+            if measured:
+                facts[name] = version_in(getattr(options, name), name)
+            rows += measured
     text = table(rows, facts)
     print(text)
     if options.out:

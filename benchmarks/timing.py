@@ -54,12 +54,13 @@ def compare(variants: Mapping[str, Pass], baseline: str, *, rounds: int, device:
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds):
         for name in list(passes)[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(_timed(passes[name], device))
+            seconds[name].append(timed(passes[name], device))
     base = seconds[baseline]
     return [_ratio(name, [b / t for b, t in zip(base, each, strict=True)], each) for name, each in seconds.items()]
 
 
-def _timed(once: Pass, device: str) -> float:
+def timed(once: Pass, device: str) -> float:
+    """Return the seconds of a pass: the process's CPU seconds, or on ``cuda`` wall seconds up to the device's end."""
     if device == "cpu":
         start = time.process_time()
         once()
@@ -72,9 +73,14 @@ def _timed(once: Pass, device: str) -> float:
 
 
 def _ratio(name: str, ratios: Sequence[float], seconds: Sequence[float]) -> Ratio:
+    return Ratio(name, statistics.median(ratios), *interval(ratios), statistics.median(seconds))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 90 % bootstrap interval of the median; of three values that is the smallest and the largest."""
     draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return Ratio(name, statistics.median(ratios), medians[50], medians[949], statistics.median(seconds))
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(1000))
+    return medians[50], medians[949]
 
 
 def machine() -> dict[str, Any]:

@@ -62,6 +62,11 @@ class JobConfig(Strict):
                 f"gradients.packing: only flash_attention_2 keeps packed rows apart without a mask of length squared; "
                 f"model.attention is {self.model.attention}"
             )
+        if self.gradients.kernel == "triton" and self.ray.gpus_per_actor == 0:
+            raise ValueError(
+                "gradients.kernel: triton runs on CUDA, and ray.gpus_per_actor: 0 computes on the CPU: set kernel: "
+                "torch, or give each actor a GPU"
+            )
         if self.model.quantized != "none" and self.warmup.zero_stage == 3:
             raise ValueError(
                 f"warmup.zero_stage: 3 would partition the packed weights of model.quantized: {self.model.quantized}: "

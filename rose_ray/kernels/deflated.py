@@ -58,18 +58,21 @@ class DeflatedProjection:
         """See :class:`~rose_ray.kernels.projection.Projection`. The common vector must be on the same device."""
         check_slice(self, out_BE, offset, values_Bn)
         self.inner.add(out_BE[:, :-1], offset, values_Bn)
-        self._take_out(out_BE, offset, values_Bn)
+        unit_n = self.unit(offset, values_Bn.shape[1]).to(out_BE.dtype)
+        self._take_out(out_BE, values_Bn.to(out_BE.dtype) @ unit_n)
 
-    def add_sketched(self, out_BE: Tensor, offset: int, values_Bn: Tensor, sketched_BD: Tensor) -> None:
-        """Do as `add` does, with S of the slice given: for a kernel that made it on the way."""
-        check_slice(self, out_BE, offset, values_Bn)
+    def unit(self, offset: int, num_parameters: int) -> Tensor:
+        """Return a slice of c, [n]."""
+        unit_n: Tensor = self._unit_P[offset : offset + num_parameters]
+        return unit_n
+
+    def add_sketched(self, out_BE: Tensor, sketched_BD: Tensor, along_B: Tensor) -> None:
+        """Do as `add` does, given S of a slice's values and their product with `unit`: for a kernel that made both."""
         out_BE[:, :-1] += sketched_BD
-        self._take_out(out_BE, offset, values_Bn)
+        self._take_out(out_BE, along_B.to(out_BE.dtype))
 
-    def _take_out(self, out_BE: Tensor, offset: int, values_Bn: Tensor) -> None:
-        values_Bn = values_Bn.to(out_BE.dtype)
-        unit_n = self._unit_P[offset : offset + values_Bn.shape[1]].to(out_BE.dtype)
-        along_B = values_Bn @ unit_n
+    def _take_out(self, out_BE: Tensor, along_B: Tensor) -> None:
+        # S is linear, so what it makes of the common part is known without another look at the values.
         out_BE[:, :-1].addr_(along_B, self._sketched_D.to(out_BE.dtype), alpha=-1)
         out_BE[:, -1] += along_B
 

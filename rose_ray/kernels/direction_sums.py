@@ -14,7 +14,7 @@ from torch import Tensor
 from rose_ray.errors import ConfigError
 from rose_ray.kernels.adam import LESS_CODE_BETA1, AdamMode, AdamState, adam_direction
 from rose_ray.kernels.deflated import DeflatedProjection
-from rose_ray.kernels.fused import SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
+from rose_ray.kernels.fused import Along, SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.sketch import SketchProjection
 
@@ -83,7 +83,7 @@ class DirectionSums:
             projection.add(out_BD, offset, direction_Bn)
 
     def _add_fused(self, offset: int, grads_Bn: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
-        """Sketch in the pass that reads the gradients; further projections read the directions it leaves there."""
+        """Sketch, deflated or not, in the pass that reads the gradients; others read the directions it leaves there."""
         if self.mode in ("torch", "less_code") and exp_avg is not None:
             beta1 = LESS_CODE_BETA1 if self.mode == "less_code" else self.state.adam_beta1
             self.momentum_square += (beta1 * torch.linalg.vector_norm(exp_avg)).double().square()
@@ -93,6 +93,10 @@ class DirectionSums:
             sketch = _sketch_of(first := self.projections[number])
             assert sketch is not None
             out_BD = grads_Bn.new_zeros(len(grads_Bn), sketch.dim)
+            along = None
+            if isinstance(first, DeflatedProjection):
+                unit_n = first.unit(offset, grads_Bn.shape[1]).to(torch.float32)
+                along = Along(unit_n, torch.zeros_like(self.square_B))
             fused_direction_sketch(
                 grads_Bn,
                 exp_avg_n,
@@ -105,10 +109,11 @@ class DirectionSums:
                 out_BD=out_BD,
                 square_B=self.square_B,
                 total_square_B=self.total_square_B,
-                direction_out_BP=grads_Bn if len(self.projections) > 1 or first is not sketch else None,
+                along=along,
+                direction_out_BP=grads_Bn if len(self.projections) > 1 else None,
             )
-            if isinstance(first, DeflatedProjection):
-                first.add_sketched(self.projected[number], offset, grads_Bn, out_BD)
+            if isinstance(first, DeflatedProjection) and along is not None:
+                first.add_sketched(self.projected[number], out_BD, along.sum_B)
             else:
                 self.projected[number] += out_BD
         if not sketched:

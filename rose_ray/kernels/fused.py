@@ -11,9 +11,9 @@ stream ``sketch``: ``shift(k)`` is hash word 0 at k, modulo D; ``sign(i)`` is bi
 ``i // 32``, 1 for plus. A shift of its own for each block keeps one column of a matrix out of one bucket.
 
 Sums have a fixed order and no atomics: the same call on the same device gives the same bytes. Rows do not touch
-each other. Arithmetic is float32, with the device's fused multiply-adds, roots and quotients; the squares are
-float32 within a tile of buckets and float64 across tiles, so that a row whose direction is below about 1e-19, or
-above 1e19, in its largest number has no usable square.
+each other. Arithmetic is float32, with the device's fused multiply-adds, roots and quotients; the squares, and inner
+products with a common vector, are float32 within a tile of buckets and float64 across tiles, so that a row whose
+direction is below about 1e-19, or above 1e19, in its largest number has no usable square.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ class SketchKeys:
     sign_keys: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Along:
+    """A vector that inner products with the directions are wanted of, and their sums.
+
+    Attributes:
+        common_P: The vector's part for the module, float32 or bfloat16 [P].
+        sum_B: Running inner products, float32 or float64 [B].
+    """
+
+    common_P: Tensor
+    sum_B: Tensor
+
+
 def make_sketch_keys(seed: int, dim: int, num_parameters: int, device: torch.device | str) -> SketchKeys:
     """Make the keys of a folded sketch; once for a run, not once for a call.
 
@@ -93,6 +106,7 @@ def fused_direction_sketch(
     out_BD: Tensor,
     square_B: Tensor,
     total_square_B: Tensor,
+    along: Along | None = None,
     direction_out_BP: Tensor | None = None,
 ) -> None:
     """Add one module's directions to their sketch and squares, in place.
@@ -115,6 +129,7 @@ def fused_direction_sketch(
         square_B: Running ``||direction||**2``, float32 or float64 [B].
         total_square_B: Running ``||b1 m + (1 - b1) g||**2``, float32 or float64 [B]; unchanged in ``v_only`` and
             ``sgd``.
+        along: What to take inner products with in the same pass, if anything.
         direction_out_BP: Where to write the directions, float32 or bfloat16 [B, P], if anywhere. May be
             ``grads_BP`` itself, but must not overlap it otherwise.
 
@@ -135,15 +150,20 @@ def fused_direction_sketch(
         )
     _check_tensor("out", out_BD, (num_rows, dim), (torch.float32,), grads_BP.device)
     _check_tensor("shifts", sketch_keys.shifts_K, sketch_keys.shifts_K.shape, (torch.int32,), grads_BP.device)
+    if along is not None:
+        _check_tensor("common", along.common_P, (num_columns,), _FLOATS, grads_BP.device)
+        _check_tensor("along", along.sum_B, (num_rows,), _SQUARES, grads_BP.device)
     if grads_BP.numel() == 0:
         return
     first, last = offset // dim, (offset + num_columns - 1) // dim
     fold = _Fold(dim, first * dim - offset, last - first + 1, offset, sketch_keys.sign_keys)
     shifts_K = sketch_keys.shifts_K[first : last + 1]
-    moments = (exp_avg_P, exp_avg_sq_P)
-    squares_2B = _launch(grads_BP, moments, state, mode, fold, shifts_K, out_BD, direction_out_BP)
-    square_B.add_(squares_2B[0])
-    total_square_B.add_(squares_2B[1])
+    vectors = (exp_avg_P, exp_avg_sq_P, along.common_P if along is not None else None)
+    sums = _launch(grads_BP, vectors, state, mode, fold, shifts_K, out_BD, direction_out_BP)
+    square_B.add_(sums[0])
+    total_square_B.add_(sums[1])
+    if along is not None:
+        along.sum_B.add_(sums[2])
 
 
 def fused_direction(
@@ -167,10 +187,9 @@ def fused_direction(
     # A lane stands for its own bucket here; how many there are settles only how the columns are shared out.
     width = min(DIRECTION_WIDTH, grads_BP.shape[1])
     fold = _Fold(width, 0, -(-grads_BP.shape[1] // width), 0, (0, 0))
-    moments = (exp_avg_P, exp_avg_sq_P)
-    squares_2B = _launch(grads_BP, moments, state, mode, fold, None, None, direction_out_BP)
-    square_B.add_(squares_2B[0])
-    total_square_B.add_(squares_2B[1])
+    sums = _launch(grads_BP, (exp_avg_P, exp_avg_sq_P, None), state, mode, fold, None, None, direction_out_BP)
+    square_B.add_(sums[0])
+    total_square_B.add_(sums[1])
 
 
 @dataclass(frozen=True)
@@ -186,7 +205,7 @@ class _Fold:
 
 def _launch(
     grads_BP: Tensor,
-    moments: tuple[Tensor | None, Tensor | None],
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
     state: AdamState,
     mode: AdamMode,
     fold: _Fold,
@@ -194,7 +213,7 @@ def _launch(
     out_BD: Tensor | None,
     direction_BP: Tensor | None,
 ) -> Tensor:
-    """Run the kernel; return both sums of squares, float64 [2, B]."""
+    """Run the kernel; return both sums of squares, and inner products with a third vector, float64 [2 or 3, B]."""
     device = _device_side(grads_BP.device)
     num_rows, num_columns = grads_BP.shape
     grid = (-(-num_rows // device.ROWS), -(-fold.dim // device.BUCKETS))
@@ -203,13 +222,14 @@ def _launch(
             f"{num_columns} parameters in {fold.dim} buckets are too many for one call; expected at most "
             f"{_MAX_TILES * device.BUCKETS} buckets, and parameters plus twice the buckets below 2**31"
         )
-    squares_2TB = torch.empty(2, grid[1], num_rows, dtype=torch.float32, device=grads_BP.device)
+    num_sums = 2 if vectors[2] is None else 3
+    squares_TB = torch.empty(num_sums, grid[1], num_rows, dtype=torch.float32, device=grads_BP.device)
     # A tensor that the mode does not use still needs a pointer.
-    pointers = (grads_BP, *moments, shifts_K, out_BD, direction_BP)
+    pointers = (grads_BP, *vectors, shifts_K, out_BD, direction_BP)
     with torch.cuda.device_of(grads_BP):
         device.direction_sketch_kernel[grid](
             *(grads_BP if tensor is None else tensor for tensor in pointers),
-            squares_2TB,
+            squares_TB,
             *(0 if tensor is None else tensor.stride(0) for tensor in (grads_BP, out_BD, direction_BP)),
             num_rows,
             num_columns,
@@ -220,13 +240,14 @@ def _launch(
             *_scalars(state, mode),
             MODE=mode,
             SKETCH=out_BD is not None,
+            COMMON=vectors[2] is not None,
             WRITE=direction_BP is not None,
             ROWS=device.ROWS,
             BUCKETS=device.BUCKETS,
             num_warps=4,
             enable_fp_fusion=True,  # said, since triton's default changes with its version
         )
-    return squares_2TB.sum(dim=1, dtype=torch.float64)
+    return squares_TB.sum(dim=1, dtype=torch.float64)
 
 
 def _scalars(state: AdamState, mode: AdamMode) -> tuple[float, ...]:

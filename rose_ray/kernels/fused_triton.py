@@ -43,6 +43,7 @@ def direction_sketch_kernel(
     grads_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
+    common_ptr,
     shifts_ptr,
     out_ptr,
     direction_ptr,
@@ -67,13 +68,15 @@ def direction_sketch_kernel(
     eps,
     MODE: tl.constexpr,
     SKETCH: tl.constexpr,
+    COMMON: tl.constexpr,
     WRITE: tl.constexpr,
     ROWS: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Add one tile [R, T] to the sketch, and store its rows' partial squares in squares [2, tiles, B].
+    """Add one tile [R, T] to the sketch, and store its rows' partial squares in squares [2 or 3, tiles, B].
 
-    Without ``SKETCH`` a lane is its own bucket and only squares and directions are made.
+    Without ``SKETCH`` a lane is its own bucket and only squares and directions are made. With ``COMMON`` the third part
+    takes inner products of the directions with the common vector.
     """
     # Row groups come first in the grid: those that share a tile's moments run side by side and find them in L2.
     rows_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -83,6 +86,7 @@ def direction_sketch_kernel(
     sums_RT = tl.zeros((ROWS, BUCKETS), tl.float32)
     squares_RT = tl.zeros((ROWS, BUCKETS), tl.float32)
     totals_RT = tl.zeros((ROWS, BUCKETS), tl.float32)
+    alongs_RT = tl.zeros((ROWS, BUCKETS), tl.float32)
     for block in range(num_blocks):
         lanes_T = buckets_T
         if SKETCH:
@@ -113,6 +117,9 @@ def direction_sketch_kernel(
             direction_at = direction_ptr + wide_R[:, None] * direction_stride + columns_T[None, :]
             tl.store(direction_at, direction_RT.to(direction_ptr.dtype.element_ty), mask=in_RT)
         squares_RT += direction_RT * direction_RT
+        if COMMON:
+            common_T = tl.load(common_ptr + columns_T, mask=in_T, other=0.0).to(tl.float32)
+            alongs_RT += direction_RT * common_T[None, :]
         if SKETCH:
             indices_T = offset.to(tl.uint32, bitcast=True) + columns_T.to(tl.uint32, bitcast=True)
             plus_T = sign_bits(indices_T, first_key, second_key) != 0
@@ -124,3 +131,5 @@ def direction_sketch_kernel(
     squares_at = squares_ptr + tl.program_id(1) * num_rows + rows_R
     tl.store(squares_at, tl.sum(squares_RT, axis=1), mask=in_R)
     tl.store(squares_at + tl.num_programs(1) * num_rows, tl.sum(totals_RT, axis=1), mask=in_R)
+    if COMMON:
+        tl.store(squares_at + 2 * tl.num_programs(1) * num_rows, tl.sum(alongs_RT, axis=1), mask=in_R)

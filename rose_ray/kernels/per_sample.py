@@ -75,7 +75,8 @@ class _AddedLora(torch.autograd.Function):
         receive: FactorReceiver | None,
     ) -> Tensor:
         inner_BSR = linear(input_BSI, weight_RI)
-        base_BSO.flatten(0, -2).addmm_(inner_BSR.flatten(0, -2), weight_OR.T, alpha=scaling)
+        # view raises where flatten would copy, and so lose what is added
+        base_BSO.view(-1, base_BSO.shape[-1]).addmm_(inner_BSR.flatten(0, -2), weight_OR.T, alpha=scaling)
         ctx.mark_dirty(base_BSO)
         ctx.save_for_backward(input_BSI, inner_BSR, weight_RI, weight_OR)
         ctx.scaling, ctx.receive = scaling, receive
@@ -104,7 +105,7 @@ def added_lora(
     """Add a LoRA layer's part to what its base layer gave, and send the factors of its gradients on in backward.
 
     Args:
-        base_BSO: Output of the base layer, contiguous; changed in place where it is no view.
+        base_BSO: Output of the base layer; changed in place where it is contiguous and no view.
         input_BSI: What went into both, in the type of the adapter.
         weight_RI, weight_OR: The adapter's A and B; constants.
         scaling: What the adapter's output is multiplied by.
@@ -113,8 +114,9 @@ def added_lora(
     Returns:
         The sum, part of the graph where somebody receives, whether or not its inputs are.
     """
-    if base_BSO._is_view():  # of another custom function: autograd does not let it be changed
-        base_BSO = base_BSO.clone()
+    # A view may be of another custom function: autograd does not let it be changed.
+    if base_BSO._is_view() or not base_BSO.is_contiguous():
+        base_BSO = base_BSO.clone(memory_format=torch.contiguous_format)
     anchor = torch.zeros((), requires_grad=receive is not None)
     out_BSO: Tensor = _AddedLora.apply(base_BSO, input_BSI, anchor, weight_RI, weight_OR, scaling, receive)
     return out_BSO

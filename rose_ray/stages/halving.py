@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ from rose_ray.model.scoring import Batch, pack_batch, pad_batch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|\bCUDA (driver )?error: out of memory"  # the runtime, and the driver behind expandable segments
+    r"|\bCU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED\b"  # workspaces that libraries of CUDA take beside torch's allocator
+    r"|\bTriton Error \[CUDA\]: out of memory"  # a kernel being loaded
+)
+"""Texts of plain RuntimeErrors, in torch's or Triton's words. Other errors of CUDA have other cures."""
 
 
 @dataclass
@@ -112,5 +121,5 @@ def _check_room(num_positions: int) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that memory is used up: an exception type on a GPU, a text on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether memory is used up: torch's own exception for its GPU allocator, a text for everybody else."""
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

@@ -23,7 +23,10 @@ WARMUP = Manifest("warmup", "", {}, [], {}, {"checkpoints": [{"name": "checkpoin
 """The same for all: its part in later keys is the digest of what it made."""
 
 
-NEEDED = {"gradients.packing=true": ["model.attention=flash_attention_2"]}
+NEEDED = {
+    "gradients.packing=true": ["model.attention=flash_attention_2"],
+    "gradients.kernel=triton": ["ray.gpus_per_actor=1"],
+}
 """What an override needs beside it."""
 
 

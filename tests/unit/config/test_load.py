@@ -120,6 +120,11 @@ def test_a_wrong_type_or_value_is_named(override: str, message: str) -> None:
         ),
         (["training_set.selection.method=round_robin_pairs"], "training_set.selection.method"),
         (["targets.0.official_cut=keep_end"], "official_cut: keep_end has no meaning with encoding: chat"),
+        (["gradients.kernel=triton"], "gradients.kernel: triton runs on CUDA, and ray.gpus_per_actor: 0 computes on"),
+        (
+            ["gradients.kernel=triton", "ray.gpus_per_actor=1", "gradients.projection.kind=factored"],
+            "kernel: triton has no projection.kind factored",
+        ),
         (["ray.gpus_per_actor=1.5"], "ray.gpus_per_actor: 1.5 GPUs: Ray shares one GPU among actors"),
         (["warmup.adapter_weights=[1, 2]"], "adapter_weights has 2 entries for 0 adapters"),
         (

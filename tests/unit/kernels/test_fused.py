@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from rose_ray.kernels.adam import AdamMode, AdamState, adam_direction
 from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
-from rose_ray.kernels.fused import SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
+from rose_ray.kernels.fused import Along, SketchKeys, fused_direction, fused_direction_sketch, make_sketch_keys
 from rose_ray.kernels.hashing import hash_words, mix, word_keys
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
@@ -40,6 +41,9 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 DIRECTION_RELATIVE = 2e-6
 # A float32 sum of at most 200 terms, of the sum of their sizes; rounding hardly ever adds up so badly.
 SUM_RELATIVE = 2e-6
+# Of a sketch of a vector of length 1, before or after most of it is taken out: 50 numbers a bucket, each rounded to
+# 6e-8 of the few that stand in the running sum, in 60 buckets.
+UNIT_ROUNDING = 5e-7
 # One unit of bfloat16: the interpreter cuts digits off where a GPU rounds.
 BFLOAT16_RELATIVE = 2**-7
 SEED = 20240607
@@ -335,6 +339,56 @@ def test_sums_of_a_batch_are_those_of_torch(kinds: str, mode: AdamMode) -> None:
     torch.testing.assert_close(fused.momentum_shares(), ours.momentum_shares(), rtol=SUM_RELATIVE, atol=0)
 
 
+@runs_the_kernel
+@pytest.mark.parametrize("mode", ["torch", "sgd"])
+@pytest.mark.parametrize(("offset", "num_columns", "dim", "num_rows"), [*SHAPES[:3], *SHAPES[-2:]])
+def test_products_with_a_common_vector_change_nothing_else(
+    mode: AdamMode, offset: int, num_columns: int, dim: int, num_rows: int
+) -> None:
+    start, keys = _Call.make(num_rows, num_columns, dim), _keys(dim)
+    without, beside = start.copy().run(mode, offset, keys), start.copy()
+    # From the middle of NaN, as a module's part of the whole vector may be cut.
+    around = torch.full((num_columns + 64,), float("nan"), device=DEVICE)
+    common = around[32 : 32 + num_columns].copy_(torch.linspace(-1, 2, num_columns))
+    along = Along(common, torch.ones(num_rows, dtype=torch.float64, device=DEVICE))
+    given = (beside.grads, beside.avg, beside.sq, _state(), mode)
+    sums = {"out_BD": beside.out, "square_B": beside.square, "total_square_B": beside.total}
+    sketch: dict[str, Any] = {"offset": offset, "dim": dim, "sketch_keys": keys}
+    fused_direction_sketch(*given, **sketch, **sums, along=along, direction_out_BP=beside.direction)
+    for name in vars(start):
+        assert torch.equal(getattr(without, name), getattr(beside, name))
+    directions, vector = beside.direction.double().cpu(), common.double().cpu()
+    sizes = directions.abs() @ vector.abs()
+    assert ((along.sum_B.cpu() - 1 - directions @ vector).abs() <= SUM_RELATIVE * sizes).all()
+
+
+@runs_the_kernel
+@pytest.mark.parametrize("share", [0.5, 0.99, 0.9999])
+@pytest.mark.parametrize("kernel", get_args(KernelKind))
+def test_the_common_part_is_taken_out_to_rounding_however_large_it_is(kernel: KernelKind, share: float) -> None:
+    """Against the explicit subtraction before the sketch, in float64. The error is a part of the whole direction, so of
+    what is left beside the common part it is 1 / sqrt(1 - share**2) times as much."""
+    num_parameters, dim, cuts = 3000, 60, (0, 1100, 1150, 3000)
+    generator = torch.Generator().manual_seed(5)
+    unit, beside = torch.randn(2, num_parameters, generator=generator, dtype=torch.float64)
+    unit /= unit.norm()
+    beside -= (beside @ unit) * unit
+    vectors_BP = (share * unit + (1 - share**2) ** 0.5 * beside / beside.norm()).repeat(3, 1).float()
+    inner = make_projection("sketch", dim, SEED, num_parameters)
+    deflated = DeflatedProjection(inner, unit.float()).to(DEVICE)
+    sums = DirectionSums(3, [deflated], "sgd", _state(), kernel=kernel, device=DEVICE)
+    for start, stop in pairwise(cuts):
+        sums.add(start, vectors_BP[:, None, start:stop].clone().to(DEVICE), None, None)
+    exact_BP, common = vectors_BP.double(), unit.float().double()
+    common /= common.norm()
+    along_B = exact_BP @ common
+    sketched = torch.zeros(3, dim, dtype=torch.float64)
+    inner.add(sketched, 0, exact_BP - along_B[:, None] * common)
+    expected = torch.cat([sketched, along_B[:, None]], dim=1)
+    found = sums.projected[0].double().cpu()
+    assert float((found - expected).norm(dim=1).max()) < UNIT_ROUNDING
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 @needs_triton
 def test_under_tritons_interpreter() -> None:
@@ -351,11 +405,22 @@ def test_under_tritons_interpreter() -> None:
 @needs_triton
 @pytest.mark.parametrize("mode", get_args(AdamMode))
 @pytest.mark.parametrize(
-    ("dtype", "sketches", "writes"),
-    [("fp32", True, True), ("bf16", True, True), ("fp32", True, False), ("fp32", False, True)],
+    ("dtype", "sketches", "common", "writes"),
+    [
+        ("fp32", True, False, True),
+        ("bf16", True, True, True),
+        ("fp32", True, True, False),
+        ("fp32", False, False, True),
+    ],
 )
 def test_it_compiles_for_cuda_without_a_device(
-    mode: AdamMode, dtype: str, sketches: bool, writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: AdamMode,
+    dtype: str,
+    sketches: bool,
+    common: bool,
+    writes: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -367,7 +432,7 @@ def test_it_compiles_for_cuda_without_a_device(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = fused_triton.direction_sketch_kernel
     tile = {"ROWS": fused_triton.ROWS, "BUCKETS": fused_triton.BUCKETS}
-    constants = {"MODE": mode, "SKETCH": sketches, "WRITE": writes, **tile}
+    constants = {"MODE": mode, "SKETCH": sketches, "COMMON": common, "WRITE": writes, **tile}
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= {name: "*fp32" for name in types if name.endswith("_ptr")} | dict.fromkeys(constants, "constexpr")
     types |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "scale", "root_scale", "eps"), "fp32")

@@ -13,7 +13,7 @@ import torch
 
 from rose_ray.errors import ConfigError, NumericsError, ShapeError
 from rose_ray.kernels.adam import AdamState
-from rose_ray.kernels.fused import fused_direction_sketch, make_sketch_keys
+from rose_ray.kernels.fused import Along, fused_direction_sketch, make_sketch_keys
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -55,6 +55,9 @@ def _refused(**changes: Any) -> None:
         ({"square_B": torch.zeros(3)}, ShapeError, "square has shape"),
         ({"total_square_B": torch.zeros(2).half()}, NumericsError, "total_square is torch.float16"),
         ({"direction_out_BP": torch.zeros(2, 5)}, ShapeError, "direction_out has shape"),
+        ({"along": Along(torch.ones(5), torch.zeros(2))}, ShapeError, r"common has shape \(5,\); expected \(6,\)"),
+        ({"along": Along(torch.ones(6).double(), torch.zeros(2))}, NumericsError, "common is torch.float64"),
+        ({"along": Along(torch.ones(6), torch.zeros(3))}, ShapeError, "along has shape"),
         ({"offset": 15}, ShapeError, "15 to 21 leaves the vector of 20 parameters"),
         ({"offset": -1}, ShapeError, "-1 to 5 leaves"),
         ({"dim": 5}, ConfigError, "dim is 5 and the sketch keys are of dim 4"),

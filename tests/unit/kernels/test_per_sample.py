@@ -1,0 +1,55 @@
+"""The adapter's part of one layer against plain autograd. Whole models: tests/equivalence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rose_ray.kernels.per_sample import added_lora, linear_weight_gradients
+
+FLOAT64 = 1e-12
+"""Sums of a few dozen products in another order."""
+
+ROWS, TOKENS, INPUTS, OUTPUTS, RANK = 3, 5, 7, 6, 2
+SCALING = 1.5
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda base: base.clone(),
+    "a view": lambda base: base.clone().view_as(base),
+    "transposed": lambda base: base.transpose(0, 1).contiguous().transpose(0, 1),
+    "dense, axes swapped": lambda base: torch.empty_strided(base.shape, (6, 18, 1), dtype=base.dtype).copy_(base),
+    "a slice of a wider output": lambda base: torch.cat([base, base], dim=-1)[..., :OUTPUTS],
+    "with gaps": lambda base: torch.empty_strided(base.shape, (90, 18, 3), dtype=base.dtype).copy_(base),
+    "one row for all": lambda base: base[:1].expand_as(base),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_the_base_s_output_does_not_matter(layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base, hidden = drawn(ROWS, TOKENS, OUTPUTS), drawn(ROWS, TOKENS, INPUTS).requires_grad_()
+    if layout == "one row for all":
+        base = base[:1].repeat(ROWS, 1, 1)
+    first, second, upstream = drawn(RANK, INPUTS), drawn(OUTPUTS, RANK), drawn(ROWS, TOKENS, OUTPUTS)
+    received: dict[str, Tensor] = {}
+
+    def receive(which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
+        received[which] = linear_weight_gradients(input_BSI, output_grad_BSO)
+
+    found = added_lora(LAYOUTS[layout](base), hidden, first, second, SCALING, receive)
+    (hidden_grad,) = torch.autograd.grad(found, hidden, upstream)
+
+    # Weights of each sample's own, so that autograd keeps their gradients apart.
+    firsts, seconds = (each.repeat(ROWS, 1, 1).requires_grad_() for each in (first, second))
+    expected = base + SCALING * (hidden @ firsts.mT) @ seconds.mT
+    wanted = torch.autograd.grad(expected, (hidden, firsts, seconds), upstream)
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
+    for one, other in zip((hidden_grad, received["A"], received["B"]), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=FLOAT64)
