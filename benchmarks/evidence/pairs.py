@@ -30,6 +30,9 @@ PREFERENCES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 TASKS = (*PREFERENCES, CONTROL)
 
+MOST_TOKENS = 512
+"""Of either side of a held-out pair: measuring is half of what all this costs."""
+
 Inputs = dict[str, list[dict[str, Any]]]
 """Entries of a configuration by task."""
 
@@ -42,7 +45,8 @@ class TaskPairs:
         pool: The pool without the control's rows.
         steering: ``pairs`` of the targets.
         held_out: ``held_out`` of the evaluation.
-        left_out: Pairs passed over, by file: too long for the model, or held out and asking what another pair asks.
+        left_out: Pairs passed over, by file: too long for the model, or held out and of more than `MOST_TOKENS` or asking
+            what another pair asks.
     """
 
     pool: Path
@@ -68,7 +72,7 @@ def write_pairs(
         ConfigError: A file has too few pairs that can be used.
     """
     pool = data / "data/pool/pool.jsonl.gz"
-    made = hold_back(pool, folder, num_steering=2 * num_shots, num_held_out=num_held_out)
+    made = hold_back(pool, folder, num_steering=2 * num_shots, num_held_out=_with_spare(num_held_out))
     preferences = data / "data/preferences"
     files = {
         stem: (preferences / f"{stem}_val.jsonl.gz", preferences / f"{stem}_test.jsonl.gz")
@@ -92,6 +96,11 @@ def write_pairs(
         for task in tasks
     }
     return TaskPairs(made["pool"], steering, held_out, chooser.left_out)
+
+
+def _with_spare(num_held_out: int) -> int:
+    """Some rows are too long."""
+    return 5 * num_held_out // 3
 
 
 def hold_back(pool: Path, folder: Path, *, num_steering: int, num_held_out: int) -> dict[str, Path]:
@@ -167,7 +176,7 @@ class _Chooser:
         for place, (pair, _) in enumerate(pairs):
             if len(taken) == number:
                 break
-            if _asks(pair) not in asked and self._fits(pair):
+            if _asks(pair) not in asked and self._fits(pair, MOST_TOKENS if one_a_prompt else None):
                 taken.append(place)
                 if one_a_prompt:
                     asked.add(_asks(pair))
@@ -180,13 +189,14 @@ class _Chooser:
         self.left_out[path.name] = passed_over
         return taken
 
-    def _fits(self, pair: PreferencePair) -> bool:
+    def _fits(self, pair: PreferencePair, most_tokens: int | None) -> bool:
         target = TargetConfig.model_validate({"name": "fits", "pairs": [{"files": ["-"]}]})
         try:
-            encode_pairs([pair], self.tokeniser, target)
+            (encoded,) = encode_pairs([pair], self.tokeniser, target)
         except PairError:
             return False
-        return True
+        lengths = (len(encoded.chosen.input_ids), len(encoded.rejected.input_ids))
+        return most_tokens is None or max(lengths) <= most_tokens
 
     def _write(self, path: Path, lines: Sequence[str]) -> Path:
         written = self.folder / f"{path.name.split('.')[0]}-taken.jsonl"

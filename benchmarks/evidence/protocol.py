@@ -44,13 +44,13 @@ class Scale:
         held_out: Pairs measured on, of each held-out set.
         budgets: Shares of the pool selected.
         seeds: Trainings of each selection.
-        epochs: Of the fine-tuning and of the warm-up.
+        epochs: Of the warm-up.
         adam: What a gradient becomes.
     """
 
     share: float = 0.11576
     shots: int = 10
-    held_out: int = 100
+    held_out: int = 60
     budgets: tuple[float, ...] = (0.01, 0.05)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 2
@@ -89,12 +89,8 @@ def protocol(
     """
     tokeniser = load_tokeniser(ModelConfig(base=base, max_tokens=MAX_TOKENS))
     pairs = write_pairs(data, scratch, tokeniser, tasks, scale.shots, scale.held_out)
-    training: dict[str, Any] = {
-        "epochs": scale.epochs,
-        "learning_rate": 1e-3,
-        "batch_size": 16,
-        "max_batch_tokens": 2048,
-    }
+    # Fifty times the defaults, which are for large models.
+    rate, bound = {"learning_rate": 1e-3}, {"max_batch_tokens": 2048}
     job: dict[str, Any] = {
         "workspace": str(scratch / "workspace"),
         "model": {"base": base, "dtype": dtype, "max_tokens": MAX_TOKENS},
@@ -104,14 +100,14 @@ def protocol(
             "sample_fraction": scale.share,
         },
         "targets": _targets(pairs, scale, tasks, selectors),
-        "warmup": {"fraction": 0.2, **training},
-        "gradients": {"max_batch_tokens": 2048, "adam": scale.adam},
+        "warmup": {"fraction": 0.2, "epochs": scale.epochs, "batch_size": 16, **rate, **bound},
+        "gradients": {"adam": scale.adam, **bound},
         "ray": {"address": "local", "actors": 2, "cpus_per_actor": 0.75},
     }
     evaluation: dict[str, Any] = {
-        "training": training,
-        # Fifty times the default, which is for large models; so is the rate of the fine-tuning.
-        "dpo": {"learning_rate": 2.5e-4, "max_batch_tokens": 2048},
+        # One epoch in small batches: as many steps as two in batches twice as large, at half the cost.
+        "training": {"epochs": 1, "batch_size": 8, **rate, **bound},
+        "dpo": {"learning_rate": 2.5e-4, **bound},
         "budgets": list(scale.budgets),
         "seeds": list(scale.seeds),
         "references": ["zero_shot", "random"],

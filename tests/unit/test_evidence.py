@@ -101,7 +101,7 @@ def test_rows_held_back_are_not_in_the_pool(data: Path, base_folder: str) -> Non
     left = [json.loads(line) for line in Path(config.pool.inputs[0].files[0]).read_text().splitlines()]
     ids = {row["id"] for row in left}
     assert not ids & (steering | held_out)
-    assert len(left) == 60 - 2 * SCALE.shots - SCALE.held_out
+    assert len(left) == 60 - 2 * SCALE.shots - 5  # for three held-out pairs, in case that two are too long
 
 
 def committed(workspace: Workspace, stage: str, folder: str, table: pa.Table, facts: dict[str, Any]) -> Manifest:
