@@ -45,8 +45,8 @@ class TaskPairs:
         pool: The pool without the control's rows.
         steering: ``pairs`` of the targets.
         held_out: ``held_out`` of the evaluation.
-        left_out: Pairs passed over, by file: too long for the model, or held out and of more than `MOST_TOKENS` or asking
-            what another pair asks.
+        left_out: Pairs passed over, by file: too long for the model, or held out and of more than `MOST_TOKENS`, or
+            asking what another pair asks.
     """
 
     pool: Path
