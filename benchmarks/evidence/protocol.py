@@ -25,9 +25,11 @@ MAX_TOKENS = 1024
 SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "rose": {},
     "rose_exact": {"exact": True},
+    "rose_own": {"normalize": "own"},
     "rose_balanced": {"objective": "rose_balanced"},
     "rose_simpo": {"objective": "rose_simpo"},
     "less": {"method": "less"},
+    "less_own": {"method": "less", "normalize": "own"},
     "rds_plus": {"method": "rds_plus"},
     "bm25": {"method": "bm25"},
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from benchmarks.evidence.pairs import CONTROL_SOURCE
 from rose_ray.distributed.tasks import SCORES_FILE, SELECTED_FILE
@@ -80,12 +81,13 @@ def _selection(workspace: Workspace, arm: str, size: int) -> tuple[Manifest, pa.
     """The pool, and the selection of that size from the scores that the latest run found."""
     scores = _scores(workspace, arm)
     pool = read_manifest(workspace, scores.facts["pool"]["folder"])
+    scored = _scored(workspace, scores)
     for folder in workspace.list_subfolders(f"evaluation/selections/{arm}"):
         manifest = read_manifest(workspace, folder)
         if manifest.facts["scores"] == [scores.folder] and manifest.counts["selected"] == size:
             record = manifest.file(SELECTED_FILE)
-            return pool, workspace.read_table(record.path, record, columns=_COLUMNS)
-    scored = _scored(workspace, scores)
+            chosen = workspace.read_table(record.path, record, columns=["row_id"])["row_id"]
+            return pool, scored.filter(pc.is_in(scored["row_id"], value_set=chosen))
     if scored.num_rows != size:
         raise StoreError(f"evaluation/selections/{arm}: no selection of {size} rows. Run the command again.")
     return pool, scored  # the whole pool needs no selection

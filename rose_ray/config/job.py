@@ -103,7 +103,22 @@ class JobConfig(Strict):
                 raise ValueError(
                     f"targets {target.name}: normalize: projected has no meaning where nothing is projected"
                 )
+            if target.normalize == "own" and target.uses_gradients:
+                self._check_own_part(target)
         return self
+
+    def _check_own_part(self, target: TargetConfig) -> None:
+        settings = self.gradients
+        if settings.adam in ("sgd", "v_only"):
+            raise ValueError(
+                f"targets {target.name}: normalize: own leaves out the moment term that rows share, and with "
+                f"gradients.adam: {settings.adam} they share none: set it to exact"
+            )
+        if self.is_exact(target) or settings.projection.kind == "none" or not settings.projection.deflate:
+            raise ValueError(
+                f"targets {target.name}: normalize: own needs the shared moment term kept beside the projection: a "
+                "target that is not exact, gradients.projection.deflate: true and a kind that projects"
+            )
 
     def _selections(self) -> Iterator[tuple[str, SelectionConfig, TargetConfig]]:
         """Every selection, the key that it stands under, and its first target."""

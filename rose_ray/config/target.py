@@ -13,7 +13,7 @@ from rose_ray.config.strict import Name, Strict
 from rose_ray.config.task import TaskInput
 
 Objective = Literal["rose", "rose_simpo", "rose_balanced", "dpo_weighted", "less"]
-Normalization = Literal["exact", "projected", "none"]
+Normalization = Literal["exact", "own", "projected", "none"]
 
 
 class PairInput(Strict):
@@ -64,7 +64,9 @@ class TargetConfig(Strict):
     objective: Objective = Field("rose", description="Which direction a pair stands for; docs/objectives.md.")
     dpo_beta: float = Field(0.1, gt=0, description="Beta of the DPO loss; matters in dpo_weighted and in reports.")
     normalize: Normalization = Field(
-        "exact", description="Divide by the exact lengths, by the projected ones (as the released code), or not at all."
+        "exact",
+        description="Divide by the exact lengths, by those of what is a row's own (the moment term that all rows share "
+        "left out), by the projected ones (as the released code), or not at all; docs/objectives.md.",
     )
     encoding: Literal["chat", "rose_official"] = Field(
         "chat", description="Pairs in the pool's chat template, or in the raw transcripts of the released code."

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rose_ray.errors import ConfigError, NonFiniteError, NumericsError, ShapeError
 
 Objective = Literal["rose", "rose_simpo", "rose_balanced", "less", "dpo_weighted"]
-Normalize = Literal["exact", "projected", "none"]
+Normalize = Literal["exact", "own", "projected", "none"]
 Floats = NDArray[np.float64]
 
 CANCELLATION_FRACTION = 1e-6
@@ -130,12 +130,14 @@ def bank_directions(
         subtasks: Subtask of each pair. Rows of ``dpo_weighted`` come in order of first appearance.
         normalize: ``exact`` divides by the unprojected length, found from the stored lengths and inner
             products. Inner products across pairs are not stored, so in ``dpo_weighted`` it is the length of
-            the projected sum. ``projected`` divides by the projected length, ``none`` by nothing.
+            the projected sum. ``own`` is for deflated projections, whose last number is the inner product with the
+            direction that all rows have in common: that part is left out of vector and length. ``projected`` divides
+            by the projected length, ``none`` by nothing.
 
     Raises:
         ConfigError: An unknown name, ``dpo_beta`` out of range, or log-probabilities missing.
         ShapeError: The number of subtask labels is not that of the pairs.
-        NumericsError: A direction is zero within rounding; the message names the pairs.
+        NumericsError: A direction, or what ``own`` leaves of it, is zero within rounding; the message names the pairs.
     """
     if objective not in get_args(Objective):
         raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(get_args(Objective))}")
@@ -151,9 +153,21 @@ def bank_directions(
         raw = _pair_directions(objective, pairs, subtasks)
     if normalize == "none":
         return raw
+    if normalize == "own":
+        own_UD = without_common(raw.vectors_UD)
+        squares_U = raw.exact_norms_U**2 - raw.vectors_UD[:, -1] ** 2
+        _refuse_zero(squares_U <= CANCELLATION_FRACTION * raw.exact_norms_U**2, raw.names, "own")
+        return Directions(own_UD / np.sqrt(squares_U)[:, None], raw.names, raw.subtasks, raw.exact_norms_U)
     lengths_U = raw.exact_norms_U if normalize == "exact" else np.linalg.norm(raw.vectors_UD, axis=1)
     _refuse_zero(lengths_U == 0, raw.names, "projected")
     return Directions(raw.vectors_UD / lengths_U[:, None], raw.names, raw.subtasks, raw.exact_norms_U)
+
+
+def without_common(vectors_UD: Floats) -> Floats:
+    """Return vectors of a deflated projection with their last number, the common direction's part, set to 0."""
+    own_UD = vectors_UD.copy()
+    own_UD[:, -1] = 0.0
+    return own_UD
 
 
 def _pair_directions(objective: Objective, pairs: PairGradients, subtasks: Sequence[str]) -> Directions:

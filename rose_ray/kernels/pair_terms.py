@@ -20,6 +20,7 @@ from rose_ray.kernels.objectives import (
     bank_directions,
     dpo_weights,
     side_scales,
+    without_common,
 )
 
 
@@ -54,7 +55,7 @@ def pair_terms(objective: Objective, pairs: PairGradients, *, dpo_beta: float, n
     if objective == "dpo_weighted":
         weights_V = dpo_weights(pairs, dpo_beta)
         terms_VD: Floats = weights_V[:, None] * (pairs.g_l_VD - pairs.g_w_VD)
-        return terms_VD
+        return without_common(terms_VD) if normalize == "own" else terms_VD
     each = [f"{number}" for number in range(len(pairs.pair_ids))]
     return bank_directions(objective, pairs, dpo_beta=dpo_beta, subtasks=each, normalize=normalize).vectors_UD
 

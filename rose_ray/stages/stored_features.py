@@ -11,12 +11,16 @@ import pyarrow as pa
 from rose_ray.config.target import Normalization
 from rose_ray.kernels.quantization import dequantize
 
+LEAST_OWN = 1e-5
+"""Of a direction's squared length. Its common part is kept in float32, so what is left of 1 errs by 1e-7."""
+
 
 def normalized_features(table: pa.Table, normalize: Normalization) -> np.ndarray:
     """Return features [N, D] in the scale that ``normalize`` asks for.
 
     Stored features are projections divided by the exact length of what was projected, so ``exact`` is what is stored.
-    Exact numbers stand behind the projected ones, as in the bank.
+    Exact numbers stand behind the projected ones, as in the bank. ``own`` scales what is left beside the common
+    direction to length 1; that direction's own number, the last, is for the bank's directions to leave out.
     """
     features_ND = stored_features(table)
     scales_N = row_scales(table, features_ND, normalize)
@@ -28,6 +32,11 @@ def row_scales(table: pa.Table, features_ND: np.ndarray, normalize: Normalizatio
     if normalize == "none":
         norms_N: np.ndarray = table["norm"].to_numpy()
         return norms_N
+    if normalize == "own":
+        own_N = 1.0 - features_ND[:, -1].astype(np.float64) ** 2
+        # A row with next to nothing of its own has no direction to compare, and float32 no digits of it: it scores 0.
+        scales_N: np.ndarray = np.where(own_N > LEAST_OWN, 1.0 / np.sqrt(np.maximum(own_N, LEAST_OWN)), 0.0)
+        return scales_N
     if normalize == "projected":
         with np.errstate(divide="ignore"):  # a row of zeros has no direction: its score is refused as not finite
             factors_N: np.ndarray = 1.0 / np.linalg.norm(features_ND.astype(np.float64), axis=1)

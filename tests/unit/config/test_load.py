@@ -120,6 +120,15 @@ def test_a_wrong_type_or_value_is_named(override: str, message: str) -> None:
         ),
         (["training_set.selection.method=round_robin_pairs"], "training_set.selection.method"),
         (["targets.0.official_cut=keep_end"], "official_cut: keep_end has no meaning with encoding: chat"),
+        (
+            ["targets.0.normalize=own", "gradients.adam=sgd"],
+            "with gradients.adam: sgd they share none: set it to exact",
+        ),
+        (["targets.0.normalize=own", "targets.0.exact=true"], "own needs the shared moment term kept beside the"),
+        (
+            ["targets.0.normalize=own", "gradients.projection.deflate=false"],
+            "own needs the shared moment term kept beside the projection",
+        ),
         (["gradients.kernel=triton"], "gradients.kernel: triton runs on CUDA, and ray.gpus_per_actor: 0 computes on"),
         (
             ["gradients.kernel=triton", "ray.gpus_per_actor=1", "gradients.projection.kind=factored"],

@@ -176,6 +176,7 @@ def test_pair_objectives_equal_their_formulas(objective: Objective) -> None:
     raw = bank_directions(objective, bank, dpo_beta=0.1, subtasks=SUBTASKS, normalize="none")
     exact = bank_directions(objective, bank, dpo_beta=0.1, subtasks=SUBTASKS, normalize="exact")
     projected = bank_directions(objective, bank, dpo_beta=0.1, subtasks=SUBTASKS, normalize="projected")
+    own = bank_directions(objective, bank, dpo_beta=0.1, subtasks=SUBTASKS, normalize="own")
     assert raw.names == tuple(bank.pair_ids) and raw.subtasks == tuple(SUBTASKS)
     for pair in range(5):
         expected = _slow_direction(objective, bank, pair)
@@ -185,10 +186,12 @@ def test_pair_objectives_equal_their_formulas(objective: Objective) -> None:
         # nothing was projected, so the two lengths are one
         np.testing.assert_allclose(exact.vectors_UD[pair], expected / length, rtol=0, atol=PARALLEL)
         np.testing.assert_allclose(projected.vectors_UD[pair], expected / length, rtol=0, atol=PARALLEL)
+        beside = np.append(expected[:-1], 0.0)
+        np.testing.assert_allclose(own.vectors_UD[pair], beside / np.linalg.norm(beside), rtol=0, atol=PARALLEL)
 
 
 @pytest.mark.parametrize("objective", ["rose", "rose_simpo", "rose_balanced"])
-@pytest.mark.parametrize("normalize", ["exact", "projected", "none"])
+@pytest.mark.parametrize("normalize", ["exact", "own", "projected", "none"])
 def test_a_swapped_pair_negates(objective: Objective, normalize: Any) -> None:
     bank = _bank()
     one = bank_directions(objective, bank, dpo_beta=0.1, subtasks=SUBTASKS, normalize=normalize)

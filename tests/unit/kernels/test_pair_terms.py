@@ -36,7 +36,7 @@ def random_pairs(num_pairs: int = 5, dim: int = 6, seed: int = 0) -> PairGradien
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))
-@pytest.mark.parametrize("normalize", ["exact", "projected", "none"])
+@pytest.mark.parametrize("normalize", ["exact", "own", "projected", "none"])
 def test_the_terms_of_a_subtask_add_up_to_its_direction(objective: Objective, normalize: str) -> None:
     pairs = random_pairs()
     terms_VD = pair_terms(objective, pairs, dpo_beta=0.3, normalize=normalize)

@@ -255,6 +255,45 @@ def test_normalisation_of_stored_features(dtype: Any) -> None:
     np.testing.assert_allclose(np.linalg.norm(normalized_features(table, "projected"), axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["rose", "rose_simpo", "rose_balanced", "less"])
+def test_own_parts_are_compared_beside_what_all_rows_share(objective: Any) -> None:
+    # Nothing is projected here, so the last number of every vector is its part along a direction that rows share.
+    table = _scored(_shard("s0", ["u", "v", "w"]), objective=objective, normalize="own", aggregation="mean")
+    weights = np.array(RATES) / sum(RATES)
+    expected = {}
+    for row in ("u", "v", "w"):
+        by_subtask: dict[str, list[float]] = {"a": [], "b": []}
+        for pair, subtask in enumerate(SUBTASKS):
+            cosines = []
+            for seed in (1, 2):
+                bank = _bank(seed).to_pylist()[pair]
+                w, l = (np.array(bank[f"gradient_{side}"], float) for side in "wl")  # noqa: E741
+                rejected = {
+                    "rose": l,
+                    "rose_simpo": l / 6 * 4,
+                    "rose_balanced": l / np.linalg.norm(l) * np.linalg.norm(w),
+                    "less": 0 * l,
+                }[objective]
+                x, d = np.array(_features([row], seed)["feature"][0].as_py())[:-1], (rejected - w)[:-1]
+                cosines.append(x @ d / np.linalg.norm(x) / np.linalg.norm(d))
+            by_subtask[subtask].append(float(weights @ cosines))
+        expected[row] = np.mean([np.mean(each) for each in by_subtask.values()])
+    found = dict(zip(_names(table), table["score"].to_pylist(), strict=True))
+    assert found == pytest.approx(expected, abs=FLOAT32)
+
+
+def test_a_row_that_has_nothing_of_its_own_scores_0() -> None:
+    table = _features(["u", "v"], 1)
+    unit = np.eye(DIM, dtype=np.float32)[-1]
+    place = table.schema.get_field_index("feature")
+    for own, expected in ((0.0, 0.0), (0.002, 0.0), (0.01, 1.0)):  # its length beside the shared part
+        row = np.append(np.full(DIM - 1, own / np.sqrt(DIM - 1)), np.sqrt(1 - own**2)).astype(np.float32)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([row, unit])), DIM)
+        scaled = normalized_features(table.set_column(place, table.schema.field("feature"), column), "own")
+        # The shared part is kept in float32: what is left of it at 0.01 is known to 1e-3.
+        assert np.linalg.norm(scaled[0, :-1]) == pytest.approx(expected, abs=2e-3) and not scaled[1].any()
+
+
 def test_a_table_of_several_chunks_or_a_slice_is_read_right() -> None:
     whole = _features(["u", "v", "w"], 1)
     expected = normalized_features(whole, "exact")
