@@ -6,7 +6,8 @@
 
 The job and its evaluations are `rose-ray evaluate`, once a task: what is done is found when the command is given again.
 Beside the tables stand what was selected at every budget: how much of the control's source, lengths, and how far two
-selectors agree. A training that failed is named, and leaves a gap in its table.
+selectors agree; and which side of the held-out pairs each training moved. A training that failed is named, and leaves
+a gap in its table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ import yaml
 from benchmarks.evidence.pairs import TASKS
 from benchmarks.evidence.protocol import SELECTORS, Scale, protocol
 from benchmarks.evidence.selected import selected_rows
+from benchmarks.evidence.sides import moved_sides
 from benchmarks.timing import write_results
 from rose_ray.evaluate.index import INDEX_FILE, Index, read_index
 from rose_ray.evaluate.report import REPORT_FOLDER
+from rose_ray.evaluate.work import read_items
 from rose_ray.stores.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +86,9 @@ def main() -> None:
         config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         index = evaluated(config, workspace)
         failed += failures(index)
-        sections[f"what was selected for {task}"] = selected_rows(Workspace.open(str(workspace)), index, task)
+        opened = Workspace.open(str(workspace))
+        sections[f"what was selected for {task}"] = selected_rows(opened, index, task)
+        sections[f"where the margins on {task} come from"] = moved_sides(index, partial(read_items, opened))
         tables |= {f"{task}-{name}": (workspace / REPORT_FOLDER / name).read_text("utf-8") for name in TABLES}
     facts["failed"] = failed or "nothing"
     # What an earlier start has done is found, and not counted.

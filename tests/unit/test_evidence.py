@@ -17,6 +17,7 @@ from benchmarks.evidence.pairs import CONTROL_SOURCE, PREFERENCES, TASKS
 from benchmarks.evidence.protocol import SELECTORS, Protocol, Scale, protocol
 from benchmarks.evidence.run import evaluated, failures
 from benchmarks.evidence.selected import selected_rows
+from benchmarks.evidence.sides import moved_sides
 from rose_ray.config import parse_config
 from rose_ray.config.job import JobConfig
 from rose_ray.errors import ConfigError
@@ -158,6 +159,21 @@ def test_recall_precision_and_agreement_of_every_budget(tmp_path: Path) -> None:
     assert found[0]["score by length"] is None
     assert [row["score by length"] for row in found[1:]] == pytest.approx([-1.0] * 5)  # the best answer is shortest
     assert found[4]["most from"] == f"{CONTROL_SOURCE} 50%, b 50%"
+
+
+def test_margins_come_from_both_sides() -> None:
+    def items(chosen: float, rejected: float) -> list[dict[str, Any]]:
+        return [{"logp_chosen": chosen + n, "logp_rejected": rejected - n} for n in range(2)]
+
+    found = {"untrained": items(-5, -7), "m0": items(-4, -9), "m1": items(-6, -9)}
+    entries = [
+        Entry("zero_shot", None, 0, None, "base", {"pairs/se": "untrained"}),
+        *(Entry("se-rose", 0.05, 9, seed, f"m{seed}", {"pairs/se": f"m{seed}"}) for seed in (0, 1)),
+        Entry("se-rose", 0.01, 2, 0, "m2", failure="the loss is nan"),
+    ]
+    index = Index(entries, {"pairs/se": "untrained"}, [0, 1], 9)
+    expected = {"held out": "se", "arm": "se-rose", "budget": 0.05, "seeds": 2, "chosen": 0.0, "rejected": -2.0}
+    assert moved_sides(index, found.__getitem__) == [expected]
 
 
 def test_a_failed_training_leaves_a_table_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
