@@ -36,6 +36,11 @@ SELECTORS: Mapping[str, Mapping[str, Any]] = {
 """Beside them stand random rows, the evaluation's reference, drawn anew for every seed."""
 
 
+MISDIRECTED = ("rose", "less")
+"""Selections for one task are measured on the others' pairs too: what they gain there has nothing to do with the pairs
+that they were made for."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much is computed.
@@ -118,6 +123,12 @@ def protocol(
     configs = {}
     for task in tasks:
         arms = [arm_name(task, name, scale) for name in selectors]
+        arms += [
+            arm_name(other, name, scale)
+            for other in tasks
+            for name in MISDIRECTED
+            if other != task and name in selectors
+        ]
         configs[task] = {**job, "evaluation": {**evaluation, "arms": arms, "held_out": pairs.held_out[task]}}
     return Protocol(configs, pairs.left_out)
 

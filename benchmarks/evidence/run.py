@@ -94,7 +94,7 @@ def main() -> None:
     # What an earlier start has done is found, and not counted.
     facts["seconds of the last start"] = round(time.monotonic() - started)
     if options.out:
-        results = "evidence" if scale.adam == "torch" else f"evidence-{scale.adam}"
+        results = "-".join(filter(None, ("evidence", options.label, scale.adam if scale.adam != "torch" else "")))
         write_results(results, sections, facts, options.out)
         for name, text in tables.items():
             (options.out / f"{date.today().isoformat()}-{results}-{name}").write_text(text, encoding="utf-8")
@@ -107,6 +107,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--scratch", type=Path, default=Path("build/evidence"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--label", help="behind `evidence` in the names of what is written, so that a day has several")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=list(SELECTORS))
     default = Scale()

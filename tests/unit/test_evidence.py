@@ -64,7 +64,8 @@ def test_every_task_is_a_valid_job_that_differs_in_its_evaluation_alone(data: Pa
     without = [config.model_copy(update={"evaluation": None}) for config in configs.values()]
     assert without == without[:1] * 4 and len(without[0].targets) == 4 * len(SELECTORS)
     hh = configs["hh"].evaluation
-    assert hh is not None and hh.arms == [f"hh-{name}" for name in SELECTORS]
+    others = [f"{task}-{name}" for task in ("se", "shp", "control") for name in ("rose", "less")]
+    assert hh is not None and hh.arms == [*(f"hh-{name}" for name in SELECTORS), *others]
     assert [held_out.name for held_out in hh.held_out] == ["hh_helpful", "hh_harmless"]
     assert (hh.references, hh.controls) == (["zero_shot", "random"], ["dpo_shots", "sft_chosen"])
 
@@ -78,8 +79,8 @@ def pair_ids(config: JobConfig) -> tuple[set[str], set[str]]:
         for entry in config.evaluation.held_out
     }
     check_apart({name: asked.values() for name, asked in steering.items()}, held_out)
-    own = {pair_id for arm in config.evaluation.arms or [] for pair_id in steering[arm]}
-    return own, {pair_id for asked in held_out.values() for pair_id in asked}
+    first = (config.evaluation.arms or [])[0]
+    return set(steering[first]), {pair_id for asked in held_out.values() for pair_id in asked}
 
 
 def test_pairs_that_cannot_be_used_are_passed_over_and_counted(data: Path, base_folder: str) -> None:
