@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.pairs import TaskPairs, write_pairs
+from benchmarks.evidence.pairs import CONTROL, TaskPairs, write_pairs
 from rose_ray.config.model import ModelConfig
 from rose_ray.model.tokenizer import load_tokeniser
 
@@ -37,8 +37,8 @@ SELECTORS: Mapping[str, Mapping[str, Any]] = {
 
 
 MISDIRECTED = ("rose", "less")
-"""Selections for one task are measured on the others' pairs too: what they gain there has nothing to do with the pairs
-that they were made for."""
+"""Selectors whose selections for the other tasks are measured on the control too: what they gain there has nothing to
+do with the pairs that they were made for."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,9 @@ def protocol(
     configs = {}
     for task in tasks:
         arms = [arm_name(task, name, scale) for name in selectors]
-        arms += [
-            arm_name(other, name, scale)
-            for other in tasks
-            for name in MISDIRECTED
-            if other != task and name in selectors
-        ]
+        if task == CONTROL:
+            wanted = [name for name in MISDIRECTED if name in selectors]
+            arms += [arm_name(other, name, scale) for other in tasks for name in wanted if other != task]
         configs[task] = {**job, "evaluation": {**evaluation, "arms": arms, "held_out": pairs.held_out[task]}}
     return Protocol(configs, pairs.left_out)
 

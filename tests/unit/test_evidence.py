@@ -64,8 +64,10 @@ def test_every_task_is_a_valid_job_that_differs_in_its_evaluation_alone(data: Pa
     without = [config.model_copy(update={"evaluation": None}) for config in configs.values()]
     assert without == without[:1] * 4 and len(without[0].targets) == 4 * len(SELECTORS)
     hh = configs["hh"].evaluation
-    others = [f"{task}-{name}" for task in ("se", "shp", "control") for name in ("rose", "less")]
-    assert hh is not None and hh.arms == [*(f"hh-{name}" for name in SELECTORS), *others]
+    assert hh is not None and hh.arms == [f"hh-{name}" for name in SELECTORS]
+    control = configs["control"].evaluation
+    others = [f"{task}-{name}" for task in ("hh", "se", "shp") for name in ("rose", "less")]
+    assert control is not None and control.arms == [*(f"control-{name}" for name in SELECTORS), *others]
     assert [held_out.name for held_out in hh.held_out] == ["hh_helpful", "hh_harmless"]
     assert (hh.references, hh.controls) == (["zero_shot", "random"], ["dpo_shots", "sft_chosen"])
 
