@@ -159,7 +159,7 @@ def test_methods_stand_beside_gradients_and_use_their_actors(finished: FinishedJ
     assert len(set(table["score"].to_pylist())) > SCORED // 2
     assert result.warmup is not None and result.warmup.folder in result.scores["own"].facts["made_of"]
     refused = config.model_copy(update={"ray": config.ray.model_copy(update={"ranks_per_actor": 2})})
-    with pytest.raises(ConfigError, match=r"target own: method \S+:BaseLoss needs the model whole in one actor"):
+    with pytest.raises(ConfigError, match=r"target own: method \S+:BaseLoss needs its model whole in one actor"):
         run_job(refused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def test_each_runs_and_is_found_again(finished: FinishedJob, copied: Path) -> No
         if name == "hard":  # a random model: prompts help half of the answers
             reasons["ifd_above_one"] = counts["rejected"] - 1
             assert 8 <= counts["scored"] < tiny.NUM_UNIQUE - 1
-        assert read_file(copied, scores, "rejected.parquet")["reason"].to_pylist().count("prompt_too_long") == 1
+        if name == "rated":  # two rows, with what the scorers ask, are longer than the tiny model was made for
+            reasons["scorer_prompt_too_long"] = 2
+        found = Counter(read_file(copied, scores, "rejected.parquet")["reason"].to_pylist())
+        assert found == reasons, name
         assert counts["rejected"] == sum(reasons.values()), name
         assert result.selections[name].counts["selected"] == (12 if name == "alpha" else 8)
         table = read_file(copied, scores, "scores.parquet")
