@@ -148,7 +148,6 @@ class DeitaOptions(Strict):
     scores_files: list[str] | None = Field(
         None, min_length=1, description="Parquet files of row_id, complexity and quality, instead of keys of records."
     )
-
     complexity_scorer: ScorerConfig | None = Field(
         None, description="Model that gives a turn's complexity, run in the scoring actors; see docs/methods.md."
     )

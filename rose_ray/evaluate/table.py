@@ -11,6 +11,7 @@ from rose_ray.evaluate.gathered import CONTROLLED
 from rose_ray.evaluate.measures import HIGHER_IS_BETTER
 from rose_ray.evaluate.results import Number, number_record
 from rose_ray.evaluate.trials import RANDOM
+from rose_ray.kernels.bootstrap import Estimate
 
 
 def table_lines(numbers: Sequence[Number], level: float) -> Iterator[str]:
@@ -65,19 +66,18 @@ def budget_text(budget: float | None) -> str:
 
 
 def _cell(number: Number) -> str:
-    estimate = number.estimate
-    if estimate is None:
-        return "missing"
-    interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return f"{estimate.value:.3f}{interval}{'*' if number.is_knee else ''}"
+    return _estimate_text(number.estimate) + ("*" if number.is_knee else "")
 
 
 def _difference_cell(number: Number) -> str:
-    difference = number.difference
-    if difference is None:
+    return _estimate_text(number.difference, "+")
+
+
+def _estimate_text(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
         return "missing"
-    interval = "" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return f"{difference.value:+.3f}{interval}"
+    interval = "" if estimate.low is None else f" [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+    return f"{estimate.value:{sign}.3f}{interval}"
 
 
 def _notes(number: Number) -> Iterator[str]:

@@ -180,7 +180,7 @@ class Method(Generic[Options]):
     def content(self) -> Mapping[str, Any]:
         """What scores depend on besides options, rows and target, as JSON; digests of files, for instance.
 
-        Asked for on a worker: the driver may be a machine without the files.
+        A run asks for it on a worker, since the driver may be a machine without the files; `validate` where it runs.
         """
         return {}
 

@@ -126,8 +126,10 @@ def test_a_turn_that_its_scorer_cannot_take_rejects_its_row_alone(base_folder: s
 
 
 def test_the_scorers_are_part_of_what_scores_depend_on(base_of: Any) -> None:
-    contents = [deita(first, second).content() for first in map(base_of, ("llama", "qwen2")) for second in [first]]
-    assert contents[0] != contents[1] and contents[0] == deita(base_of("llama"), base_of("llama")).content()
+    llama, qwen = base_of("llama"), base_of("qwen2")
+    contents = [deita(*folders).content() for folders in ((llama, llama), (llama, qwen), (qwen, llama))]
+    assert contents[0] != contents[1] != contents[2] != contents[0]
+    assert contents[0] == deita(llama, llama).content()
 
 
 def test_a_number_that_is_no_token_is_refused(base_folder: str) -> None:
