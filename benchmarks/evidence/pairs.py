@@ -56,9 +56,9 @@ class TaskPairs:
 
 
 def write_pairs(
-    data: Path, folder: Path, tokeniser: Tokeniser, tasks: Sequence[str], num_shots: int, num_held_out: int
+    data: Path, folder: Path, tokeniser: Tokeniser, tasks: Sequence[str], num_shots: int, num_held_out: int, draw: int
 ) -> TaskPairs:
-    """Write so many steering pairs of each subtask, the first, and so many held-out ones, in a random order.
+    """Write so many steering pairs of each subtask, and so many held-out ones in a random order.
 
     Args:
         data: Shared folder with ``data/``.
@@ -67,12 +67,14 @@ def write_pairs(
         tasks: Of `TASKS`.
         num_shots: Steering pairs of each subtask.
         num_held_out: Pairs of each held-out set.
+        draw: Chooses the steering pairs, the first of their file in draw 0, and the control's. The held-out pairs of
+            the preference files are the same in every draw, less those that ask what a steering pair asks.
 
     Raises:
         ConfigError: A file has too few pairs that can be used.
     """
     pool = data / "data/pool/pool.jsonl.gz"
-    made = hold_back(pool, folder, num_steering=2 * num_shots, num_held_out=_with_spare(num_held_out))
+    made = hold_back(pool, folder, num_steering=2 * num_shots, num_held_out=_with_spare(num_held_out), draw=draw)
     preferences = data / "data/preferences"
     files = {
         stem: (preferences / f"{stem}_val.jsonl.gz", preferences / f"{stem}_test.jsonl.gz")
@@ -83,7 +85,7 @@ def write_pairs(
     chooser = _Chooser(folder, tokeniser)
     steering: Inputs = {
         task: [
-            {"files": [str(chooser.first(files[stem][0], num_shots))], "subtask": name}
+            {"files": [str(chooser.steering(files[stem][0], num_shots, draw))], "subtask": name}
             for name, stem in subtasks_of[task]
         ]
         for task in tasks
@@ -103,14 +105,15 @@ def _with_spare(num_held_out: int) -> int:
     return 5 * num_held_out // 3
 
 
-def hold_back(pool: Path, folder: Path, *, num_steering: int, num_held_out: int) -> dict[str, Path]:
-    """Write the pool without the control's rows, and the control's pairs.
+def hold_back(pool: Path, folder: Path, *, num_steering: int, num_held_out: int, draw: int = 0) -> dict[str, Path]:
+    """Write the control's pairs, and the pool without the rows that their answers, chosen or rejected, come from.
 
     Args:
         pool: Gzipped JSONL of conversations with a source.
         folder: Where to.
         num_steering: Rows of the source that become pairs to steer by.
         num_held_out: And to measure on.
+        draw: Which.
 
     Returns:
         Paths of ``pool``, ``control_val`` and ``control_test``.
@@ -118,21 +121,23 @@ def hold_back(pool: Path, folder: Path, *, num_steering: int, num_held_out: int)
     with gzip.open(pool, "rt", encoding="utf-8") as file:
         lines = file.readlines()
     rows = [json.loads(line) for line in lines]
-    random = Random(0)
+    random = Random(draw)
     own = [place for place, row in enumerate(rows) if row["source"] == CONTROL_SOURCE and len(row["messages"]) == 2]
     held = random.sample(own, num_steering + num_held_out)
-    others = [row["messages"][-1]["content"] for row in rows if row["source"] != CONTROL_SOURCE]
+    others = {place: row["messages"][-1]["content"] for place, row in enumerate(rows) if row["source"] != CONTROL_SOURCE}
+    left_out = set(held)
     pairs = []
     for place in held:
         row = rows[place]
         prompt, answer = row["messages"][0]["content"], row["messages"][1]["content"]
         # Of like length, so that length does not tell the sides apart.
-        drawn = [other for other in random.sample(others, min(200, len(others))) if other.strip() != answer.strip()]
-        rejected = min(drawn, key=lambda other: abs(len(other) - len(answer)))
-        pairs.append({"id": row["id"], "prompt": prompt, "chosen": answer, "rejected": rejected})
+        sample = random.sample(list(others), min(200, len(others)))
+        drawn = [other for other in sample if others[other].strip() != answer.strip()]
+        rejected = min(drawn, key=lambda other: abs(len(others[other]) - len(answer)))
+        left_out.add(rejected)
+        pairs.append({"id": row["id"], "prompt": prompt, "chosen": answer, "rejected": others[rejected]})
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in ("pool", "control_val", "control_test")}
-    left_out = set(held)
     paths["pool"].write_text("".join(line for place, line in enumerate(lines) if place not in left_out), "utf-8")
     for name, part in (("control_val", pairs[:num_steering]), ("control_test", pairs[num_steering:])):
         paths[name].write_text("".join(json.dumps(pair) + "\n" for pair in part), "utf-8")
@@ -151,9 +156,11 @@ class _Chooser:
         self.left_out: dict[str, int] = {}
         self._asked: set[str] = set()
 
-    def first(self, path: Path, number: int) -> Path:
-        """The first pairs of a file."""
+    def steering(self, path: Path, number: int, draw: int) -> Path:
+        """Pairs of a draw: of draw 0 the first of the file."""
         pairs = _pairs_and_lines(path)
+        if draw:
+            Random(draw).shuffle(pairs)
         taken = self._take(path, pairs, number)
         self._asked |= {_asks(pairs[place][0]) for place in taken}
         return self._write(path, [pairs[place][1] for place in taken])

@@ -26,15 +26,19 @@ SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "rose": {},
     "rose_exact": {"exact": True},
     "rose_own": {"normalize": "own"},
+    "rose_turns": {"selection": {"method": "round_robin_pairs"}},
     "rose_balanced": {"objective": "rose_balanced"},
     "rose_simpo": {"objective": "rose_simpo"},
     "less": {"method": "less"},
     "less_own": {"method": "less", "normalize": "own"},
+    "less_turns": {"method": "less", "selection": {"method": "round_robin_pairs"}},
     "rds_plus": {"method": "rds_plus"},
+    "rds_plus_mean": {"method": "rds_plus", "selection": {"method": "top_k"}},
     "bm25": {"method": "bm25"},
 }
-"""Beside them stand random rows, the evaluation's reference, drawn anew for every seed."""
-
+"""Beside them stand random rows, the evaluation's reference, drawn anew for every seed. ``turns``: pairs take turns, as
+they do in RDS+; without, a row's score is the mean over pairs.
+"""
 
 MISDIRECTED = ("rose", "less")
 """Selectors whose selections for the other tasks are measured on the control too: what they gain there has nothing to
@@ -53,6 +57,7 @@ class Scale:
         seeds: Trainings of each selection.
         epochs: Of the warm-up.
         adam: What a gradient becomes.
+        draw: Chooses the rows of the sampled pool, those of the warm-up, and the pairs.
     """
 
     share: float = 0.11576
@@ -62,6 +67,7 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 2
     adam: str = "torch"
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def protocol(
         ConfigError: A file has too few pairs that can be used.
     """
     tokeniser = load_tokeniser(ModelConfig(base=base, max_tokens=MAX_TOKENS))
-    pairs = write_pairs(data, scratch, tokeniser, tasks, scale.shots, scale.held_out)
+    pairs = write_pairs(data, scratch, tokeniser, tasks, scale.shots, scale.held_out, scale.draw)
     # Fifty times the defaults, which are for large models.
     rate, bound = {"learning_rate": 1e-3}, {"max_batch_tokens": 2048}
     job: dict[str, Any] = {
@@ -105,9 +111,10 @@ def protocol(
         "pool": {
             "inputs": [{"files": [str(pairs.pool)], "source_field": "source"}],
             "sample_fraction": scale.share,
+            "sample_seed": scale.draw,
         },
         "targets": _targets(pairs, scale, tasks, selectors),
-        "warmup": {"fraction": 0.2, "epochs": scale.epochs, "batch_size": 16, **rate, **bound},
+        "warmup": {"fraction": 0.2, "seed": scale.draw, "epochs": scale.epochs, "batch_size": 16, **rate, **bound},
         "gradients": {"adam": scale.adam, **bound},
         "ray": {"address": "local", "actors": 2, "cpus_per_actor": 0.75},
     }
@@ -141,7 +148,7 @@ def _targets(pairs: TaskPairs, scale: Scale, tasks: Sequence[str], selectors: Se
             "name": arm_name(task, name, scale),
             "pairs": pairs.steering[task],
             **SELECTORS[name],
-            "selection": {"fraction": max(scale.budgets)},
+            "selection": {**SELECTORS[name].get("selection", {}), "fraction": max(scale.budgets)},
         }
         for task in tasks
         for name in selectors

@@ -3,6 +3,7 @@
     python -m benchmarks.evidence.run --data ../shared --out benchmarks/results
     python -m benchmarks.evidence.run --data ../shared --share 0.01 --tasks control --selectors rose bm25 --seeds 0
     python -m benchmarks.evidence.run --data ../shared --adam sgd --selectors rose less --budgets 0.05
+    python -m benchmarks.evidence.run --data ../shared --draw 1 --tasks control --selectors rose less rds_plus
 
 The job and its evaluations are `rose-ray evaluate`, once a task: what is done is found when the command is given again.
 Beside the tables stand what was selected at every budget: how much of the control's source, lengths, and how far two
@@ -70,8 +71,10 @@ def main() -> None:
         tuple(options.seeds),
         options.epochs,
         options.adam,
+        options.draw,
     )
     scratch, data = options.scratch.resolve(), options.data.resolve()
+    scratch = scratch / f"draw-{scale.draw}" if scale.draw else scratch
     base = options.base or str(data / "models/tiny-llama-4m")
     plan = protocol(data, scratch, scale, options.tasks, options.selectors, base, options.dtype)
     workspace = scratch / "workspace"
@@ -94,7 +97,9 @@ def main() -> None:
     # What an earlier start has done is found, and not counted.
     facts["seconds of the last start"] = round(time.monotonic() - started)
     if options.out:
-        results = "-".join(filter(None, ("evidence", options.label, scale.adam if scale.adam != "torch" else "")))
+        adam = scale.adam if scale.adam != "torch" else None
+        draw = f"draw-{scale.draw}" if scale.draw else None
+        results = "-".join(filter(None, ("evidence", options.label, adam, draw)))
         write_results(results, sections, facts, options.out)
         for name, text in tables.items():
             (options.out / f"{date.today().isoformat()}-{results}-{name}").write_text(text, encoding="utf-8")
@@ -120,6 +125,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--adam", choices=("torch", "less_code", "v_only", "sgd"), default=default.adam, help="what a gradient becomes"
     )
+    parser.add_argument("--draw", type=int, default=default.draw, help="another one: other rows, warm-up and pairs")
     return parser.parse_args()
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,13 +100,34 @@ def test_pairs_that_cannot_be_used_are_passed_over_and_counted(data: Path, base_
         planned(data, base_folder, Scale(shots=2, held_out=7))
 
 
-def test_rows_held_back_are_not_in_the_pool(data: Path, base_folder: str) -> None:
+def test_rows_of_the_control_are_not_in_the_pool(data: Path, base_folder: str) -> None:
     config = parse_config(planned(data, base_folder).configs["control"])
     steering, held_out = pair_ids(config)
     left = [json.loads(line) for line in Path(config.pool.inputs[0].files[0]).read_text().splitlines()]
     ids = {row["id"] for row in left}
     assert not ids & (steering | held_out)
-    assert len(left) == 60 - 2 * SCALE.shots - 5  # for three held-out pairs, in case that two are too long
+    pairs = [
+        json.loads(line)
+        for name in ("control_val", "control_test")
+        for line in (data / f"scratch/{name}.jsonl").read_text().splitlines()
+    ]
+    assert len(pairs) == 2 * SCALE.shots + 5  # for three held-out pairs, in case that two are too long
+    with gzip.open(data / "data/pool/pool.jsonl.gz", "rt") as file:
+        rows = {row["id"]: row["messages"][-1]["content"] for row in map(json.loads, file)}
+    gone = {row_id for row_id in rows if row_id not in ids}
+    assert {row_id for row_id in gone if row_id in {pair["id"] for pair in pairs}} == {pair["id"] for pair in pairs}
+    assert {pair["rejected"] for pair in pairs} <= {rows[row_id] for row_id in gone}
+
+
+def test_another_draw_takes_other_rows_and_pairs(data: Path, base_folder: str) -> None:
+    first, second, again = (planned(data, base_folder, replace(SCALE, draw=draw)).configs for draw in (0, 1, 1))
+    assert second == again
+    assert (second["se"]["pool"]["sample_seed"], second["se"]["warmup"]["seed"]) == (1, 1)
+    asked = []
+    for draw in (0, 1):
+        configs = planned(data, base_folder, replace(SCALE, draw=draw)).configs  # each writes its pairs
+        asked.append({task: pair_ids(parse_config(content)) for task, content in configs.items()})
+    assert first.keys() == second.keys() and any(asked[0][task][0] != asked[1][task][0] for task in asked[0])
 
 
 def committed(workspace: Workspace, stage: str, folder: str, table: pa.Table, facts: dict[str, Any]) -> Manifest:
