@@ -34,9 +34,10 @@ from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.direction_sums import KernelKind
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
+from rose_ray.model.batch import Batch, pad_batch
 from rose_ray.model.layout import ParameterLayout, layout_of
 from rose_ray.model.memory import memory_meter
-from rose_ray.model.scoring import Batch, ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_directions
 
 BASELINE = "plain step, full logits"

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rose_ray.model.scoring import Batch, sample_values
+from rose_ray.model.batch import Batch
+from rose_ray.model.values import sample_values
 
 
 def full_logits_step(model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -66,9 +66,10 @@ from rose_ray.data.tokenize import Sample  # noqa: E402
 from rose_ray.kernels.adam import adam_direction  # noqa: E402
 from rose_ray.kernels.projection import Projection, make_projection  # noqa: E402
 from rose_ray.kernels.span import SpanProjection  # noqa: E402
+from rose_ray.model.batch import Batch, pad_batch  # noqa: E402
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState  # noqa: E402
 from rose_ray.model.layout import layout_of  # noqa: E402
-from rose_ray.model.scoring import Batch, ScoringModel, pad_batch  # noqa: E402
+from rose_ray.model.scoring import ScoringModel  # noqa: E402
 from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_directions  # noqa: E402
 
 NUM_DIRECTIONS = 16

@@ -124,12 +124,13 @@ def hold_back(pool: Path, folder: Path, *, num_steering: int, num_held_out: int,
     random = Random(draw)
     own = [place for place, row in enumerate(rows) if row["source"] == CONTROL_SOURCE and len(row["messages"]) == 2]
     held = random.sample(own, num_steering + num_held_out)
-    others = {place: row["messages"][-1]["content"] for place, row in enumerate(rows) if row["source"] != CONTROL_SOURCE}
+    answers = [row["messages"][-1]["content"] for row in rows]
+    others = {place: answers[place] for place, row in enumerate(rows) if row["source"] != CONTROL_SOURCE}
     left_out = set(held)
     pairs = []
     for place in held:
         row = rows[place]
-        prompt, answer = row["messages"][0]["content"], row["messages"][1]["content"]
+        prompt, answer = row["messages"][0]["content"], answers[place]
         # Of like length, so that length does not tell the sides apart.
         sample = random.sample(list(others), min(200, len(others)))
         drawn = [other for other in sample if others[other].strip() != answer.strip()]

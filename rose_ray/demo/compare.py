@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.losses import sequence_logps, sft_loss
-from rose_ray.model.scoring import pad_batch
+from rose_ray.model.batch import pad_batch
 
 MAX_BATCH_TOKENS = 4096
 

@@ -20,6 +20,7 @@ from rose_ray.distributed.resume import find_state, read_tensors, save_state
 from rose_ray.distributed.sharded import MOMENT_KEYS, read_state, set_moments, set_weights
 from rose_ray.errors import NonFiniteError
 from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -30,7 +31,7 @@ from rose_ray.model.checkpoint import (
     state_json,
 )
 from rose_ray.model.layout import adapter_parameters
-from rose_ray.model.scoring import pad_batch, sample_values
+from rose_ray.model.values import sample_values
 from rose_ray.stages.tokens import read_samples
 from rose_ray.stages.warmup import MicroBatch, TrainingStep, plan_training
 from rose_ray.stores.workspace import FileRecord, Workspace

@@ -20,8 +20,9 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.errors import DataError, NonFiniteError
 from rose_ray.kernels.losses import dpo_loss
 from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.layout import adapter_parameters
-from rose_ray.model.scoring import pad_batch, sample_values
+from rose_ray.model.values import sample_values
 from rose_ray.stages.warmup import TrainingStep, plan_training
 
 FINE_TUNE_VERSION = 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rose_ray.errors import ShapeError
+from rose_ray.kernels.logit_shape import UNALTERED, LogitShape
 
 LOGIT_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Bytes of float32 logits held at once. Small on the CPU, where a block should stay in the cache."""
@@ -26,16 +27,23 @@ class _HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, block_bytes: int
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        shape: LogitShape,
+        block_bytes: int,
     ) -> Tensor:
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         logps_T = torch.empty(len(hidden_TH), dtype=dtype, device=hidden_TH.device)
         grad_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        num_rows = max(1, block_bytes // (4 * weight_VH.shape[0]))
+        # A cap's slope is a second block.
+        num_rows = max(1, block_bytes // (4 * weight_VH.shape[0] * (1 if shape.cap is None else 2)))
         for start in range(0, len(hidden_TH), num_rows):
             rows = slice(start, start + num_rows)
             targets_R1 = targets_T[rows, None]
-            logits_RV = linear(hidden_TH[rows], weight_VH, bias_V).to(dtype)
+            logits_RV, slope_RV = shape.applied(linear(hidden_TH[rows], weight_VH, bias_V).to(dtype))
             top_R1 = logits_RV.amax(1, keepdim=True)
             chosen_R1 = logits_RV.gather(1, targets_R1) - top_R1
             exps_RV = logits_RV.sub_(top_R1).exp_()
@@ -43,20 +51,30 @@ class _HeadLogps(torch.autograd.Function):
             logps_T[rows] = (chosen_R1 - sums_R1.log())[:, 0]
             if grad_TH is not None:
                 # d logp / d hidden = W[target] - softmax W, the softmax's division put off until H numbers are left
+                own_RH = weight_VH[targets_T[rows]].to(dtype)
+                if slope_RV is not None:
+                    own_RH = own_RH * slope_RV.gather(1, targets_R1)
+                    exps_RV = exps_RV.mul_(slope_RV)
                 mean_RH = (exps_RV.to(weight_VH.dtype) @ weight_VH).to(dtype) / sums_R1
-                grad_TH[rows] = (weight_VH[targets_T[rows]].to(dtype) - mean_RH).to(grad_TH.dtype)
+                grad_TH[rows] = ((own_RH - mean_RH) * shape.scale).to(grad_TH.dtype)
         if grad_TH is not None:
             ctx.save_for_backward(grad_TH)
         return logps_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad_TH,) = ctx.saved_tensors
-        return (grad_TH * grads[0][:, None].to(grad_TH.dtype)), None, None, None, None
+        return (grad_TH * grads[0][:, None].to(grad_TH.dtype)), None, None, None, None, None
 
 
-def head_logps(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor) -> Tensor:
-    """Log-probability of each target under ``softmax(hidden W^T + bias)``.
+def head_logps(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    shape: LogitShape = UNALTERED,
+) -> Tensor:
+    """Log-probability of each target under ``softmax(shape(hidden W^T + bias))``.
 
     Differentiable in ``hidden_TH`` alone: weight and bias are taken as constants. Rows are independent, so a NaN in one
     changes no other.
@@ -66,6 +84,7 @@ def head_logps(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targ
         weight_VH: Weight of the head, type of ``hidden_TH``.
         bias_V: Its bias, or None.
         targets_T: Target ids in [0, V), int64.
+        shape: What the model does to its logits.
 
     Returns:
         Tensor [T], nats, float32, or float64 where the inputs are. Logits are rounded to the type of the inputs, as the
@@ -80,5 +99,5 @@ def head_logps(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targ
             f"{tuple(targets_T.shape)}; expected [T, H], [V, H] and [T]"
         )
     block_bytes = LOGIT_BLOCK_BYTES["cuda" if hidden_TH.is_cuda else "cpu"]
-    logps_T: Tensor = _HeadLogps.apply(hidden_TH, weight_VH, bias_V, targets_T, block_bytes)
+    logps_T: Tensor = _HeadLogps.apply(hidden_TH, weight_VH, bias_V, targets_T, shape, block_bytes)
     return logps_T

@@ -7,7 +7,7 @@ from typing import Any
 from rose_ray.data.tokenize import Sample, Tokeniser
 from rose_ray.errors import PairError, RowError
 from rose_ray.methods.interface import MethodModel, Target
-from rose_ray.model.scoring import core_model
+from rose_ray.model.core import core_model
 
 
 def chosen_answers(target: Target, tokeniser: Tokeniser) -> list[Sample]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rose_ray.data.tokenize import Sample
 from rose_ray.errors import DataError, ShapeError
-from rose_ray.model.scoring import Batch
+from rose_ray.model.batch import Batch
 
 UNLABELLED = -100
 """The label of a token without loss, in transformers."""

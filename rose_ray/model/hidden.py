@@ -8,7 +8,9 @@ from torch import Tensor
 
 from rose_ray.errors import ModelError
 from rose_ray.kernels.pooling import Pooling, pool_hidden
-from rose_ray.model.scoring import Batch, ScoringModel, core_model
+from rose_ray.model.batch import Batch
+from rose_ray.model.core import core_model
+from rose_ray.model.scoring import ScoringModel
 
 
 def pooled_states(model: ScoringModel, batch: Batch, pooling: Pooling) -> Tensor:

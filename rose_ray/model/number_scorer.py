@@ -18,7 +18,7 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.errors import ModelError
 from rose_ray.kernels.expected_number import expected_number
 from rose_ray.model.base import base_digest, load_base
-from rose_ray.model.scoring import Batch
+from rose_ray.model.batch import Batch
 from rose_ray.model.tokenizer import load_tokenizer, model_folder
 
 

@@ -24,9 +24,10 @@ from rose_ray.errors import NonFiniteError, PairError, RowError
 from rose_ray.kernels.losses import dpo_margin
 from rose_ray.kernels.objectives import PairGradients
 from rose_ray.kernels.projection import Projection
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.schemas import bank_schema
 
 BANK_VERSION = 2

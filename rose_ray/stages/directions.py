@@ -20,9 +20,10 @@ from rose_ray.kernels.adam import AdamState
 from rose_ray.kernels.direction_sums import DirectionSums, KernelKind
 from rose_ray.kernels.projection import Projection
 from rose_ray.kernels.quantization import StoredType
+from rose_ray.model.batch import Batch
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.model.scoring import Batch, ScoringModel
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.halving import HalvingRunner
 
 

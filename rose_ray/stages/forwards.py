@@ -16,8 +16,10 @@ from torch import Tensor
 
 from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.pooling import Pooling, unit_rows
+from rose_ray.model.batch import Batch
 from rose_ray.model.hidden import pooled_states
-from rose_ray.model.scoring import Batch, Reduction, ScoringModel
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.values import Reduction
 from rose_ray.stages.halving import HalvingRunner
 
 Rejections = dict[int, tuple[str, str]]

@@ -14,7 +14,7 @@ import torch
 from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Sample
 from rose_ray.failpoints import failpoint_number
-from rose_ray.model.scoring import Batch, pack_batch, pad_batch
+from rose_ray.model.batch import Batch, pack_batch, pad_batch
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from rose_ray.data.tokenize import Sample
 from rose_ray.errors import NonFiniteError
 from rose_ray.kernels.loss_scores import loss_drop
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.batch import pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.forwards import RowValues, joined_rejections, reject_where, sample_logps
 from rose_ray.stages.warmup import TrainingStep, plan_training
 

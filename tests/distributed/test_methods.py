@@ -17,7 +17,7 @@ from rose_ray.distributed.run import run_job
 from rose_ray.distributed.validate import validate_job
 from rose_ray.errors import ConfigError
 from rose_ray.methods.interface import Arrays, Method, MethodModel, PoolRows, Scored, Target
-from rose_ray.model.scoring import pad_batch
+from rose_ray.model.batch import pad_batch
 from rose_ray.stages.pool import pool_row_ids
 from rose_ray.stages.report import explain_lines, status_lines
 from rose_ray.stores.garbage import find_garbage

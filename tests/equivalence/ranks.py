@@ -62,8 +62,8 @@ def scoring_gradients(
     import torch
 
     from rose_ray.distributed.engine import ProcessGroup, load_scoring_model
+    from rose_ray.model.batch import pad_batch
     from rose_ray.model.layout import layout_of
-    from rose_ray.model.scoring import pad_batch
     from tests.oracles import collect, rows_of
 
     _allow_float64()

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.distributed.engine import load_scoring_model
+from rose_ray.model.batch import pack_batch, pad_batch
 from rose_ray.model.layout import layout_of
-from rose_ray.model.scoring import Reduction, ScoringModel, pack_batch, pad_batch
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.values import Reduction
 from tests import oracles
 from tests.tiny import ARCHITECTURES, make_samples
 

@@ -19,9 +19,10 @@ from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.distributed.training import WarmupJob
 from rose_ray.filesystem import locate
 from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import read_checkpoint
 from rose_ray.model.layout import ParameterLayout, layout_of
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.schemas import TOKENS
 from rose_ray.stores.workspace import Workspace
 from tests import oracles

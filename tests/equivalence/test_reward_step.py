@@ -26,9 +26,10 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.distributed.engine import load_scoring_model
 from rose_ray.filesystem import locate
 from rose_ray.kernels.projection import make_projection
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import read_checkpoint
 from rose_ray.model.layout import adapter_parameters, layout_of
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import TOKENS
 from rose_ray.stages.bank import EncodedPair, encode_pairs, pair_gradients

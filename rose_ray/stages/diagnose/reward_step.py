@@ -24,9 +24,10 @@ from rose_ray.errors import ModelError, NonFiniteError
 from rose_ray.kernels.correlation import pearson, spearman
 from rose_ray.kernels.objectives import PairGradients, bank_directions, side_scales
 from rose_ray.kernels.projection import NoProjection
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import Checkpoint
 from rose_ray.model.layout import ParameterLayout
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.bank import EncodedPair
 from rose_ray.stages.diagnose.stored import StoredBank
 from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_directions

@@ -9,6 +9,7 @@ from torch import Tensor
 import rose_ray.kernels.head as head_module
 from rose_ray.errors import ShapeError
 from rose_ray.kernels.head import head_logps
+from rose_ray.kernels.logit_shape import UNALTERED, LogitShape
 
 FLOAT64_ROUNDING = 1e-12  # sums over a vocabulary of 50 in another order
 BFLOAT16_ROUNDING = 0.02  # logits of order 3 have 8 bits in either path, and gradients are rounded to 8 bits
@@ -23,18 +24,22 @@ def _inputs(dtype: torch.dtype, *, bias: bool) -> tuple[Tensor, Tensor, Tensor |
     return hidden, weight, torch.randn(VOCABULARY, dtype=dtype) if bias else None, targets
 
 
-def _whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return torch.log_softmax(logits.to(torch.promote_types(hidden.dtype, torch.float32)), 1)[
-        torch.arange(len(targets)), targets
-    ]
+def _whole(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: LogitShape = UNALTERED
+) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = logits * shape.scale
+    if shape.cap is not None:
+        logits = shape.cap * torch.tanh(logits / shape.cap)
+    return torch.log_softmax(logits, 1)[torch.arange(len(targets)), targets]
 
 
+@pytest.mark.parametrize("shape", [UNALTERED, LogitShape(0.25), LogitShape(1.0, 5.0), LogitShape(3.0, 7.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows_a_block", [1, 4, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_values_and_gradients_are_those_of_whole_logits(
-    bias: bool, rows_a_block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: LogitShape, bias: bool, rows_a_block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(head_module.LOGIT_BLOCK_BYTES, "cpu", 4 * VOCABULARY * rows_a_block)
     hidden, weight, offset, targets = _inputs(dtype, bias=bias)
@@ -42,7 +47,7 @@ def test_values_and_gradients_are_those_of_whole_logits(
     values, gradients = [], []
     for function in (head_logps, _whole):
         leaf = hidden.clone().requires_grad_(True)
-        found = function(leaf, weight, offset, targets)
+        found = function(leaf, weight, offset, targets, shape)
         found.backward(upstream)
         assert leaf.grad is not None and found.dtype == upstream.dtype
         values.append(found.detach())

@@ -24,7 +24,8 @@ from rose_ray.methods.interface import MethodModel, Target
 from rose_ray.methods.rds import POOLING, RowStates
 from rose_ray.methods.shards import MethodRun
 from rose_ray.model.base import attach_adapter, load_base
-from rose_ray.model.scoring import ScoringModel, core_model
+from rose_ray.model.core import core_model
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.candidates import Scores, choose, target_candidates
 from rose_ray.stages.forwards import unit_embeddings

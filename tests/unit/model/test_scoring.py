@@ -11,8 +11,10 @@ from torch import nn
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.tokenize import Sample
 from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.layout import adapter_parameters
-from rose_ray.model.scoring import ScoringModel, pad_batch, sample_values
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.values import sample_values
 from tests import oracles
 from tests.tiny import make_samples
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rose_ray.data.tokenize import Sample
-from rose_ray.model.scoring import Batch
+from rose_ray.model.batch import Batch
 from rose_ray.stages.halving import HalvingRunner, counted_halvings
 
 

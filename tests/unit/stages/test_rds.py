@@ -14,8 +14,9 @@ from rose_ray.data.tokenize import Sample
 from rose_ray.errors import ModelError, PairError
 from rose_ray.kernels.pooling import Pooling
 from rose_ray.model.base import attach_adapter, load_base
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.hidden import pooled_states
-from rose_ray.model.scoring import ScoringModel, pad_batch
+from rose_ray.model.scoring import ScoringModel
 from rose_ray.stages.forwards import sample_logps, unit_embeddings
 from rose_ray.stages.rds import embedding_cosines, query_embeddings
 from tests import oracles
