@@ -26,6 +26,7 @@ SELECTORS: Mapping[str, Mapping[str, Any]] = {
     "rose": {},
     "rose_exact": {"exact": True},
     "rose_own": {"normalize": "own"},
+    "rose_raw": {"normalize": "none"},
     "rose_turns": {"selection": {"method": "round_robin_pairs"}},
     "rose_balanced": {"objective": "rose_balanced"},
     "rose_simpo": {"objective": "rose_simpo"},
