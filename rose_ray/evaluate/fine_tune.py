@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from rose_ray.config.evaluation import DpoConfig, FineTuningConfig
@@ -24,6 +24,9 @@ from rose_ray.model.batch import pad_batch
 from rose_ray.model.layout import adapter_parameters
 from rose_ray.model.values import sample_values
 from rose_ray.stages.warmup import TrainingStep, plan_training
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FINE_TUNE_VERSION = 1
 """Raised whenever the same input would give another model."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from rose_ray.config.judge import JudgeConfig
 from rose_ray.config.model import ModelConfig
@@ -156,6 +155,8 @@ class RewardModel:
     """
 
     def __init__(self, config: JudgeConfig, device: str = "cpu") -> None:
+        from transformers import AutoModelForSequenceClassification
+
         model = _model_config(config)
         self.tokeniser = load_tokeniser(model)
         folder = resolve_base(model)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch.nn.functional import logsigmoid
 
 from rose_ray.config.target import PairInput, TargetConfig
@@ -26,6 +25,9 @@ from rose_ray.evaluate.fine_tune import answer_logps, pair_logps
 from rose_ray.evaluate.generate import greedy_answers
 from rose_ray.kernels.losses import dpo_margin
 from rose_ray.stages.bank import EncodedPair, encode_pairs
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MEASURE_VERSION = 1
 """Raised whenever the same model and benchmark would give other numbers."""

@@ -12,11 +12,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from peft import PeftModel
 
 from rose_ray.config.evaluation import EvaluationConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
@@ -34,6 +33,9 @@ from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.stages.pool import read_pool_entry, skipped_rows
 from rose_ray.stores.manifest import Manifest, artefact_key, commit_artefact, find_manifest, read_manifest
 from rose_ray.stores.workspace import FileRecord, Workspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ROWS_FOLDER = "evaluation/rows"
 MEASURES_FOLDER = "evaluation/measures"

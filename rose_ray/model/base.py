@@ -1,4 +1,8 @@
-"""Base model and adapter, loaded once and told apart by digest."""
+"""Base model and adapter, loaded once and told apart by digest.
+
+PEFT and the models of transformers are imported where one is loaded: five seconds of a processor, which the driver and
+all tasks that load none would pay too.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,17 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ModelError
 from rose_ray.model.tokenizer import resolve_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _WEIGHT_FILES = (".safetensors",)
 _NF4_BLOCK = 64  # weights that share an absolute maximum; what BitsAndBytesConfig uses
@@ -51,6 +55,8 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
     Raises:
         ModelError: It cannot be loaded, or not be quantised: bitsandbytes is not installed or cannot hold its layers.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     folder = resolve_base(model)
     dtype = dtype or getattr(torch, model.dtype)
     try:
@@ -88,6 +94,8 @@ def _nf4_settings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     # Layers are packed where they are to stay. Absolute maxima stay float32: packing them too saves 0.4 bits a weight.
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("model.quantized: nf4 needs bitsandbytes: pip install 'rose-ray[quantized]'")
+    from transformers import BitsAndBytesConfig
+
     packing = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -133,6 +141,9 @@ def attach_adapter(base: nn.Module, lora: LoraConfig, *, dropout: float) -> Peft
     Raises:
         ModelError: The model lacks one of the target modules.
     """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel, get_peft_model
+
     present = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     lacking = sorted(set(lora.target_modules) - present)
     if lacking:

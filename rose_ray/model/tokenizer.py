@@ -7,8 +7,6 @@ import json
 import os
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from rose_ray.config.model import ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE, ChatTemplate
 from rose_ray.data.tokenize import Tokeniser
@@ -64,6 +62,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
     Raises:
         ModelError: It cannot be loaded.
     """
+    from transformers import AutoTokenizer  # half a second, which most processes need not pay
+
     folder = resolve_base(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)

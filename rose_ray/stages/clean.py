@@ -19,7 +19,7 @@ from rose_ray.config.job import JobConfig
 from rose_ray.config.selection import SelectionConfig
 from rose_ray.data.contamination import KnownTestText
 from rose_ray.data.conversation import parse_conversation
-from rose_ray.data.near_duplicates import EqualWords, NearDuplicateFinder, SimilarShingles
+from rose_ray.data.near_duplicates import EqualWords, NearDuplicateFinder
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.records import file_digest
 from rose_ray.data.test_items import read_test_items
@@ -146,6 +146,8 @@ def _finder(settings: NearDuplicates | None) -> NearDuplicateFinder | None:
         return None
     if settings.method == "exact":
         return EqualWords()
+    from rose_ray.data.min_hash import SimilarShingles  # brings SciPy along: for those that ask for it
+
     return SimilarShingles(settings.similarity, settings.shingle_words, settings.num_hashes)
 
 

@@ -21,7 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-_IMPORTED = ("deepspeed", "peft", "rose_ray.model.scoring", "rose_ray.stages.features", "rose_ray.stages.warmup")
+_IMPORTED = (
+    "deepspeed",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "rose_ray.model.scoring",
+    "rose_ray.stages.features",
+    "rose_ray.stages.warmup",
+)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from rose_ray.data.near_duplicates import EqualWords, NearDuplicateFinder, SimilarShingles, similarity
+from rose_ray.data.min_hash import SimilarShingles, similarity
+from rose_ray.data.near_duplicates import EqualWords, NearDuplicateFinder
 from rose_ray.data.words import words
 from tests.tiny import WORDS, sentence
 

@@ -231,7 +231,7 @@ def test_on_a_gpu_a_quantised_base_is_packed_where_the_process_computes(
         raise OSError("no GPU here")
 
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
-    monkeypatch.setattr("rose_ray.model.base.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="no GPU here"):
         load_base(_config(wide_base, quantized="nf4"), device="cuda")
     packing = asked["quantization_config"]
