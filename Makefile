@@ -20,8 +20,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/rose-ray demo
 
+# Two processes: all that need Ray one after another, and beside them the rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -rs -m chaos

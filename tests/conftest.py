@@ -4,24 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tiny import byte_level_tokenizer, make_pair_rows, make_pool_rows, save_base, tiny_config
 
-_FIGURES = pytest.StashKey[list[str]]()
+ROOT = Path(__file__).parent
+_FIGURE = "figure"
+_NEED_RAY = ("distributed", "e2e", "chaos")
+"""Folders whose tests need a cluster, or what those that do have made."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what has to run in one process, where there are several: all that needs Ray, and any other file's tests.
+
+    What needs Ray comes first: it takes longest.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else str(item.path)))
+    items.sort(key=lambda item: not _needs_ray(item))
+
+
+def _needs_ray(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(ROOT).parts[0]
+    cluster = "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
+    return folder in _NEED_RAY or cluster
 
 
 @pytest.fixture
 def say_figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Keep a measured figure for the end of the tests' output, whether they pass or not."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+    return lambda text: request.node.user_properties.append((_FIGURE, text))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what `say_figure` kept."""
-    figures = config.stash.get(_FIGURES, [])
+    reports = [report for part in terminalreporter.stats.values() for report in part]
+    figures = [
+        text
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, text in report.user_properties
+        if name == _FIGURE
+    ]
     if figures:
         terminalreporter.section("figures")
         for figure in figures:
