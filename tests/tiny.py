@@ -143,15 +143,17 @@ def tiny_config(architecture: str, vocabulary_size: int, **settings: Any) -> Any
     """Configuration of a two-layer model with grouped attention heads.
 
     Weights are drawn wide (standard deviation 0.15), since attention of models drawn as usual is all but uniform at
-    this width, and gradients through it would be too small to test. Mistral attends to 8 tokens only.
+    this width, and gradients through it would be too small to test. Mistral attends to 8 tokens only, and
+    Granite divides its logits.
     """
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "llama": (LlamaConfig, {}),
         "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
         "qwen3": (Qwen3Config, {"head_dim": 8}),
         "mistral": (MistralConfig, {"sliding_window": 8, "head_dim": 8}),
+        "granite": (GraniteConfig, {"logits_scaling": 3.0}),
     }
     kind, own = kinds[architecture]
     common = {

@@ -29,6 +29,8 @@ BFLOAT16 = 0.1
 
 BOUNDS = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 ARCHITECTURES = ("llama", "qwen2", "mistral")
+ALTERED = "granite"
+"""Its logits are not what its head returns."""
 LORA = LoraConfig(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 SAMPLES = make_samples((19, 6, 26, 11, 5, 14), 330)
 BATCHES = [SAMPLES[:2], SAMPLES[2:3], SAMPLES[3:5], SAMPLES[5:]]
@@ -46,6 +48,7 @@ CASES: list[dict[str, Any]] = [
         for stage in (0, 3)
         for checkpointing in (False, True)
     ),
+    *({"architecture": ALTERED, "zero_stage": stage} for stage in (0, 3)),
     {"architecture": "llama", "zero_stage": 3, "offload": "cpu"},
     {"architecture": "llama", "zero_stage": 3, "offload": "cpu", "dtype": torch.float32},
     {"architecture": "llama", "zero_stage": 0, "dtype": torch.float32},
@@ -60,6 +63,7 @@ SHARED_CASES: list[dict[str, Any]] = [
     {"architecture": "llama", "zero_stage": 0},
     *({"architecture": architecture, "zero_stage": 3} for architecture in ARCHITECTURES),
     *({"architecture": architecture, "zero_stage": 3, "dtype": torch.float32} for architecture in ARCHITECTURES),
+    {"architecture": ALTERED, "zero_stage": 3},
     {"architecture": "llama", "zero_stage": 3, "checkpointing": True},
     {"architecture": "llama", "zero_stage": 3, "dtype": torch.bfloat16},
 ]
@@ -70,7 +74,8 @@ SHARED_CASES: list[dict[str, Any]] = [
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("wide")
     return {
-        name: save_base(folder / name, tiny_config(name, len(tokenizer), **WIDE), tokenizer) for name in ARCHITECTURES
+        name: save_base(folder / name, tiny_config(name, len(tokenizer), **WIDE), tokenizer)
+        for name in (*ARCHITECTURES, ALTERED)
     }
 
 
