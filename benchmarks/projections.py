@@ -190,7 +190,8 @@ def features(
     yield kind, 0, *_apart(whole, plain_MD)
     deflated = DeflatedProjection(project, whole.common_P)
     deflated_ME = torch.zeros(len(vectors_MP), deflated.dim)
-    deflated.add_sketched(deflated_ME, 0, vectors_MP, plain_MD)
+    along_M = vectors_MP @ deflated.unit(0, vectors_MP.shape[1]).to(vectors_MP.dtype)
+    deflated.add_sketched(deflated_ME, plain_MD, along_M)
     yield f"{kind}, deflated", 1, *_apart(whole, deflated_ME)
 
 
