@@ -17,6 +17,7 @@ _NEED_RAY = ("distributed", "e2e", "chaos")
 """Folders whose tests need a cluster, or what those that do have made."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what has to run in one process, where there are several: all that needs Ray, and any other file's tests.
 
