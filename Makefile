@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # Two processes: all that need Ray one after another, and beside them the rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -rs -n 2 --dist loadscope --no-loadscope-reorder
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -rs -m chaos

@@ -8,30 +8,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.tiny import byte_level_tokenizer, make_pair_rows, make_pool_rows, save_base, tiny_config
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+_RAY = "ray"
 _FIGURE = "figure"
 _NEED_RAY = ("distributed", "e2e", "chaos")
 """Folders whose tests need a cluster, or what those that do have made."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what has to run in one process, where there are several: all that needs Ray, and any other file's tests.
-
-    What needs Ray comes first: it takes longest.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else str(item.path)))
-    items.sort(key=lambda item: not _needs_ray(item))
+    """Let what needs Ray come first: it takes longest, and one process runs all of it."""
+    items.sort(key=lambda item: _scope(item.nodeid) != _RAY)
 
 
-def _needs_ray(item: pytest.Item) -> bool:
-    folder = item.path.relative_to(ROOT).parts[0]
-    cluster = "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
-    return folder in _NEED_RAY or cluster
+class _RayInOneProcess(LoadScopeScheduling):
+    """Where several processes share the tests, a file's stay together, and so does all that needs Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """See `_RayInOneProcess`."""
+    return _RayInOneProcess(config, log)
+
+
+def _scope(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return _RAY if _needs_ray(file) else file
+
+
+@cache
+def _needs_ray(file: str) -> bool:
+    path = ROOT / file
+    return path.relative_to(ROOT / "tests").parts[0] in _NEED_RAY or "mark.ray" in path.read_text(encoding="utf-8")
 
 
 @pytest.fixture
