@@ -48,8 +48,8 @@ def _labelled_logps(module: nn.Module, batch: Batch) -> Tensor:
     if not hasattr(innermost, _LOGIT_SHAPE):
         random_state = _random_state(batch.input_ids.device)
         logps_T, untouched = _shaped_logps(module, head, batch, UNALTERED)
-        setattr(innermost, _LOGIT_SHAPE, UNALTERED)
         if untouched:
+            setattr(innermost, _LOGIT_SHAPE, UNALTERED)
             return logps_T
         _set_random_state(random_state, batch.input_ids.device)  # dropout goes on as if that pass had not been
         setattr(innermost, _LOGIT_SHAPE, _probed_shape(module, head, batch))

@@ -113,6 +113,20 @@ def test_no_alteration_is_missed(in_place: bool, caplog: pytest.LogCaptureFixtur
     assert model.passes == len(SAMPLES) + 4
 
 
+def test_a_look_that_ran_out_of_memory_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = Shifted(in_place=False).double()
+    with torch.no_grad():
+        expected = torch.stack([oracles.sum_logps(model, (s.input_ids, s.loss_mask)) for s in SAMPLES])
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(values, "_probed_shape", no_room)
+            values.sample_values(model, pad_batch(SAMPLES), "sum_logps")
+        found = values.sample_values(model, pad_batch(SAMPLES), "sum_logps")
+    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=0)
+
+
 def test_dropout_goes_on_as_if_nothing_had_been_looked_at() -> None:
     drawn = []
     for looked_at in (False, True):
