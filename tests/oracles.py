@@ -213,13 +213,27 @@ def lora_settings(lora: Any) -> dict[str, Any]:
     return {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.target_modules}
 
 
-def greedy_diverse_rows(units: np.ndarray, max_cosine: float) -> tuple[list[int], dict[int, int]]:
+def dot_cosine(unit_D: np.ndarray, other_D: np.ndarray) -> float:
+    """Cosine of unit vectors."""
+    return float(unit_D.astype(np.float64) @ other_D.astype(np.float64))
+
+
+def sign_cosine(features_D: np.ndarray, other_D: np.ndarray, shared: tuple[float, float] = (0, 0)) -> float:
+    """Cosine of vectors by their projections' signs, and by each one's exact part along what they share."""
+    agreeing = sum((a >= 0) == (b >= 0) for a, b in zip(features_D.tolist(), other_D.tolist(), strict=True))
+    angle = math.pi * (1 - agreeing / len(features_D))
+    own = math.sqrt(1 - shared[0] ** 2) * math.sqrt(1 - shared[1] ** 2)
+    return own * math.cos(angle) + shared[0] * shared[1]
+
+
+def greedy_diverse_rows(
+    rows: Sequence[Any], max_cosine: float, cosine: Callable[[Any, Any], float] = dot_cosine
+) -> tuple[list[int], dict[int, int]]:
     """Rows kept in order while no cosine with a kept one is above a bound; of others, the first that is too near."""
-    rows = [row.astype(np.float64) for row in units]
     kept: list[int] = []
     refused: dict[int, int] = {}
     for place, row in enumerate(rows):
-        near = [other for other in kept if float(row @ rows[other]) > max_cosine]
+        near = [other for other in kept if cosine(row, rows[other]) > max_cosine]
         if near:
             refused[place] = near[0]
         else:

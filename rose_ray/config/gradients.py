@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rose_ray.config.strict import Strict
 
 AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
+StoredType = Literal["float32", "float16", "int8", "bit1"]
 
 
 class ProjectionConfig(Strict):
@@ -19,7 +20,7 @@ class ProjectionConfig(Strict):
         description="sketch (fast), rademacher (dense, as the released code), factored (two-sided, per matrix), none "
         "(every parameter; small models), exact (inner products with the pairs themselves: a new target costs a pass).",
     )
-    dim: int = Field(8192, ge=1, description="Width of a feature; ignored by none and exact.")
+    dim: int = Field(16384, ge=1, description="Width of a feature; ignored by none and exact.")
     seed: int = Field(0, ge=0, description="Seed of the projection.")
     deflate: bool = Field(
         True,
@@ -45,8 +46,10 @@ class GradientConfig(Strict):
         description="What exact_basis: auto compares with, in GiB, target by target: both sides of the pairs in "
         "float32 at all checkpoints, as an actor holds them. Ignored by pairs and subtasks.",
     )
-    stored_dtype: Literal["float32", "float16", "int8", "bit1"] = Field(
-        "int8", description="Type of a stored feature; docs/projections.md says what each costs in rank."
+    stored_dtype: StoredType | Literal["auto"] = Field(
+        "auto",
+        description="Type of a stored feature; docs/projections.md says what each costs in rank. auto: bit1, and "
+        "float32 where nothing is projected (kind: none).",
     )
     max_batch_tokens: int | Literal["auto"] = Field(
         "auto",
@@ -59,6 +62,14 @@ class GradientConfig(Strict):
     kernel: Literal["torch", "triton"] = Field(
         "torch", description="What makes features of gradients: torch's operators, or one fused Triton kernel (CUDA)."
     )
+
+    @property
+    def stored_type(self) -> StoredType:
+        """What ``stored_dtype`` comes to."""
+        if self.stored_dtype != "auto":
+            return self.stored_dtype
+        # Signs keep inner products of numbers that a projection has mixed, not of a matrix' own entries.
+        return "float32" if self.projection.kind == "none" else "bit1"
 
     @field_validator("max_batch_tokens")
     @classmethod

@@ -223,7 +223,7 @@ warmup:
   batch_size: 8
 gradients:
   projection:
-    dim: 1024
+    dim: 4096
   max_batch_tokens: 2048
 ray:
   address: local

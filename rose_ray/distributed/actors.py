@@ -146,7 +146,7 @@ class ModelHolder:
         gradients = self.spec.gradients
         return DirectionSettings(
             gradients.adam,
-            gradients.stored_dtype,
+            gradients.stored_type,
             self.spec.max_batch_tokens,
             packing=gradients.packing,
             kernel=gradients.kernel,

@@ -18,6 +18,7 @@ from rose_ray.distributed.gang import GangActor, released_gangs
 from rose_ray.distributed.job import Job
 from rose_ray.distributed.progress import Progress
 from rose_ray.distributed.roll import called_roll
+from rose_ray.distributed.spaces import too_wide
 from rose_ray.distributed.tokens import tokenize_row
 from rose_ray.distributed.waiting import said_while_waiting
 from rose_ray.errors import AccountingError
@@ -69,6 +70,9 @@ def make_features(
     for feature_set in sets.values():
         sweep_folder(job.workspace, f"features/{feature_set.key}")
         job.workspace.write_json(f"features/{feature_set.key}/space.json", feature_set.made_from)
+    if missing and (note := too_wide(job.config.gradients, job.identity.layout)) is not None:
+        logger.warning(note)
+        job.result.events.append(note)
     if missing:
         spec = job.spec(warmup, max_batch_tokens, [each.spec for each in sets.values()])
         with called_roll(job.config.ray.actors, job.result.events) as roll, released_gangs(spec):

@@ -140,7 +140,7 @@ class Job:
     def _projected(self, warmup: Manifest) -> FeatureSet:
         gradients = self.config.gradients
         space = {**self.bare_space(warmup), "projection": projection_identity(gradients, self.identity.layout)}
-        return self._feature_set(warmup, space, gradients.stored_dtype, None)
+        return self._feature_set(warmup, space, gradients.stored_type, None)
 
     def _feature_set(
         self, warmup: Manifest, space: dict[str, Any], stored_dtype: str, basis: tuple[FileRecord, ...] | None

@@ -181,7 +181,7 @@ def _work(job: Job, pool: Manifest, tokens: PoolTokens, pairs: Pairs, lengths: M
         num_checkpoints=num_checkpoints,
         num_parameters=job.identity.layout.num_parameters,
         dims={**({} if kinds == "exact" else dims), **exact},
-        stored_dtype=config.gradients.stored_dtype,
+        stored_dtype=config.gradients.stored_type,
         shard_rows=[entries[shard] for shard in missing],
         warmup_positions=warmup_positions(config.warmup, tokens.lengths, tokens.num_rows) if trains else 0,
         warmup_start=0.0,

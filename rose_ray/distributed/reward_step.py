@@ -158,7 +158,9 @@ def _draw_rows(
         for row_id, text in zip(wanted["row_id"].to_pylist(), wanted["conversation"].to_pylist(), strict=True):
             if row_id in places:
                 own = [table.slice(places[row_id], 1) for table in tables]
-                found.append((row_id, text, [(stored_features(one)[0], one["norm"][0].as_py()) for one in own]))
+                found.append(
+                    (row_id, text, [(stored_features(one).restored()[0], one["norm"][0].as_py()) for one in own])
+                )
     if not found:
         raise StoreError("none of the rows drawn has features. Try another --seed, or look at rejected.parquet.")
     kept = [found[place] for place in sorted(random.permutation(len(found))[:num_rows].tolist())]

@@ -71,6 +71,17 @@ def _plain(settings: GradientConfig, layout: ParameterLayout) -> Projection:
     return make_projection(chosen.kind, chosen.dim, chosen.seed, layout.num_parameters, shapes=shapes)
 
 
+def too_wide(settings: GradientConfig, layout: ParameterLayout) -> str | None:
+    """Return what to tell the user where features have more numbers than the adapter, else None."""
+    chosen, size = settings.projection, layout.num_parameters
+    if chosen.kind in ("none", "exact") or chosen.dim <= size:
+        return None
+    return (
+        f"gradients.projection.dim is {chosen.dim:,}, but the adapter has {size:,} parameters: kind: none keeps all of "
+        "them without error, in fewer numbers"
+    )
+
+
 def deflates(settings: GradientConfig) -> bool:
     """Whether the configured projection keeps the direction that all share exactly: it has one for each checkpoint."""
     chosen = settings.projection

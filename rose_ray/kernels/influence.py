@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.errors import NonFiniteError, NumericsError, ShapeError
-
-ROW_BLOCK = 4096
-"""Rows turned into float64 at once, so that a large shard is not copied as a whole."""
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 
 
-def influence(features_ND: NDArray[Any], directions_UD: NDArray[Any]) -> NDArray[np.float64]:
+def influence(features_ND: NDArray[Any] | FeatureMatrix, directions_UD: NDArray[Any]) -> NDArray[np.float64]:
     """Inner product of every feature with every direction: one checkpoint's term of the influence.
 
     The weighted sum over checkpoints is the influence of LESS, section 3 (arXiv:2402.04333). Both sides bring
@@ -25,7 +23,7 @@ def influence(features_ND: NDArray[Any], directions_UD: NDArray[Any]) -> NDArray
     its shard changes the result by far less than float32 can hold.
 
     Args:
-        features_ND: Features of one checkpoint, float16, float32 or float64.
+        features_ND: Features of one checkpoint, float16, float32 or float64, or as they are stored.
         directions_UD: Directions of the same checkpoint, likewise.
 
     Returns:
@@ -36,19 +34,17 @@ def influence(features_ND: NDArray[Any], directions_UD: NDArray[Any]) -> NDArray
         NumericsError: An array holds no floating-point numbers; stored integers need their scale first.
         NonFiniteError: A result is NaN or infinite; the message lists rows and directions.
     """
-    if features_ND.ndim != 2 or directions_UD.ndim != 2 or features_ND.shape[1] != directions_UD.shape[1]:
+    if len(features_ND.shape) != 2 or directions_UD.ndim != 2 or features_ND.shape[1] != directions_UD.shape[1]:
         raise ShapeError(
             f"features have shape {features_ND.shape} and directions {directions_UD.shape}; "
             "expected [N, D] and [U, D] with one D"
         )
-    for name, array in (("features", features_ND), ("directions", directions_UD)):
-        if not np.issubdtype(array.dtype, np.floating):
-            raise NumericsError(f"{name} are {array.dtype}; expected floating-point numbers")
-    directions_DU = directions_UD.astype(np.float64).T
-    influences_NU = np.empty((features_ND.shape[0], directions_UD.shape[0]), dtype=np.float64)
-    for start in range(0, features_ND.shape[0], ROW_BLOCK):
-        block = slice(start, start + ROW_BLOCK)
-        influences_NU[block] = features_ND[block].astype(np.float64) @ directions_DU
+    if isinstance(features_ND, np.ndarray):
+        _require_floats("features", features_ND)
+        features_ND = FeatureMatrix(features_ND, None, features_ND.shape[1])
+    _require_floats("directions", directions_UD)
+    with np.errstate(invalid="ignore"):  # a row or a scale that is not finite is named below
+        influences_NU = features_ND.products(directions_UD)
     finite_NU = np.isfinite(influences_NU)
     if not finite_NU.all():
         rows = np.flatnonzero(~finite_NU.all(axis=1))
@@ -58,6 +54,11 @@ def influence(features_ND: NDArray[Any], directions_UD: NDArray[Any]) -> NDArray
             f"directions (first {columns[:10].tolist()}); expected finite features and directions"
         )
     return influences_NU
+
+
+def _require_floats(name: str, array: NDArray[Any]) -> None:
+    if not np.issubdtype(array.dtype, np.floating):
+        raise NumericsError(f"{name} are {array.dtype}; expected floating-point numbers")
 
 
 def checkpoint_weights(mean_learning_rates: Sequence[float]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rose_ray.errors import ConfigError, NumericsError, ShapeError
 from rose_ray.kernels.aggregation import subtask_order
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.kernels.influence import influence
 from rose_ray.kernels.objectives import CANCELLATION_FRACTION, Floats, Normalize, Objective, PairGradients, dpo_weights
 from rose_ray.kernels.pair_terms import pair_terms, swapped
@@ -68,11 +69,11 @@ class PairAtoms:
         per_checkpoint = len(self._vectors[0])
         self.num_atoms = per_checkpoint * (len(pairs) if self._is_weighted else 1)
 
-    def influences(self, features: Sequence[NDArray[np.floating]]) -> Floats:
+    def influences(self, features: Sequence[NDArray[np.floating] | FeatureMatrix]) -> Floats:
         """Return the influence of rows on the atoms, [N, K], float64.
 
         Args:
-            features: [N, D] for each checkpoint, in the scale of the target's ``normalize``.
+            features: [N, D] for each checkpoint, or as they are stored, in the scale of the target's ``normalize``.
         """
         each = (influence(features_ND, own) for features_ND, own in zip(features, self._vectors, strict=True))
         if self._is_weighted:

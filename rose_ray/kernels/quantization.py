@@ -75,7 +75,7 @@ def dequantize(codes_NC: NDArray[Any], scales_N: Float32Array | None, dim: int) 
     """
     if codes_NC.dtype.name not in _CODE_TYPES:
         raise NumericsError(f"codes are {codes_NC.dtype}; expected one of {', '.join(_CODE_TYPES)}")
-    _check_codes(codes_NC, scales_N, dim)
+    check_codes(codes_NC, scales_N, dim)
     if scales_N is None:
         return codes_NC.astype(np.float32, copy=False)
     if codes_NC.dtype == np.int8:
@@ -106,7 +106,8 @@ def _to_bits(features_ND: Float32Array) -> tuple[NDArray[np.uint8], Float32Array
     return np.packbits(features_ND >= 0, axis=1, bitorder="little"), scales_N.astype(np.float32)
 
 
-def _check_codes(codes_NC: NDArray[Any], scales_N: Float32Array | None, dim: int) -> None:
+def check_codes(codes_NC: NDArray[Any], scales_N: Float32Array | None, dim: int) -> None:
+    """Raise ShapeError where codes, scales and ``dim`` do not fit together."""
     num_codes = -(-dim // 8) if codes_NC.dtype == np.uint8 else dim
     if codes_NC.ndim != 2 or codes_NC.shape[1] != num_codes:
         raise ShapeError(f"codes have shape {codes_NC.shape}; expected [N, {num_codes}] for {dim} features")

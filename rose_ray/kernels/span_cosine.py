@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.errors import ConfigError, NonFiniteError, ShapeError
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.kernels.influence import influence
 
 Floats = NDArray[np.float64]
@@ -54,14 +55,14 @@ def gradient_subspace(directions_VD: NDArray[Any], rank: int | None = None) -> F
     return np.ascontiguousarray(rows_KD[:wanted])
 
 
-def span_cosines(features_ND: NDArray[Any], directions_VD: NDArray[Any], basis_KD: Floats) -> Floats:
+def span_cosines(features_ND: NDArray[Any] | FeatureMatrix, directions_VD: NDArray[Any], basis_KD: Floats) -> Floats:
     """Cosine of every row with every pair, both cut down to the subspace.
 
     The length that a row has outside the subspace drops out, so with K = 1 every cosine is +1 or -1. A row with
     less inside than ``MIN_LENGTH_INSIDE``, or a pair with nothing, has cosine 0.
 
     Args:
-        features_ND: Rows over their exact length, float16, float32 or float64.
+        features_ND: Rows over their exact length, float16, float32 or float64, or as they are stored.
         directions_VD: Pairs, of any length.
         basis_KD: From :func:`gradient_subspace`.
 

@@ -11,12 +11,14 @@ from types import MappingProxyType
 import numpy as np
 
 from rose_ray.kernels.diversity import CosineFilter, unit_vectors
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.kernels.ranking import Positions
+from rose_ray.kernels.sign_cosines import SignCosines, sign_rows
 from rose_ray.stages.gates import Refused, TellingGate
 
 TOO_SIMILAR, NO_VECTOR = "too_similar", "no_vector"
 
-ReadVectors = Callable[[Positions], Iterable[tuple[Positions, np.ndarray]]]
+ReadVectors = Callable[[Positions], Iterable[tuple[Positions, FeatureMatrix]]]
 """Gives positions and vectors [N, D] of rows at positions that ascend, in parts and any order; not of rows without."""
 
 
@@ -34,7 +36,9 @@ class DiversityGate(TellingGate):
 
     def __init__(self, read: ReadVectors, max_cosine: float) -> None:
         self._read = read
+        self._max_cosine = max_cosine
         self._filter = CosineFilter(max_cosine)
+        self._signs: int | None = None
         self._without: set[int] = set()
         self._seen: set[int] = set()
         self.refused = {}
@@ -51,16 +55,26 @@ class DiversityGate(TellingGate):
     def look(self, positions: Positions) -> None:
         """Read rows' vectors."""
         found: dict[int, np.ndarray] = {}
-        for places, vectors_ND in self._read(np.sort(positions)):
-            units_ND, good_N = unit_vectors(vectors_ND)
+        for places, vectors in self._read(np.sort(positions)):
+            rows_NX, good_N = self._compared(vectors)
             # Rows of their own: a view would keep the vectors of its whole shard.
-            found.update((int(place), units_ND[row].copy()) for row, place in enumerate(places) if good_N[row])
+            found.update((int(place), rows_NX[row].copy()) for row, place in enumerate(places) if good_N[row])
         for position in positions.tolist():  # in the order of choice
             if position in found:
                 self._filter.add(position, found.pop(position))
             else:
                 self._without.add(position)
             self._seen.add(position)
+
+    def _compared(self, vectors: FeatureMatrix) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows in the form that the filter compares, and which of them have a direction."""
+        bits_NC = vectors.sign_bits
+        if bits_NC is None:
+            return unit_vectors(vectors.restored())
+        if self._signs is None:
+            self._signs, self._filter = vectors.dim, CosineFilter(self._max_cosine, SignCosines(vectors.dim))
+        assert vectors.scales_N is not None
+        return sign_rows(bits_NC, vectors.scales_N, None if vectors.exact_NE is None else vectors.last_N)
 
     def admits(self, position: int) -> bool:
         """Whether the row has a vector that is unlike those taken."""

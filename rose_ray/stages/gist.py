@@ -61,10 +61,10 @@ class SpanScorer:
     def score(self, rows: ScorableRows) -> pa.Table:
         """See `RowScorer`."""
         scores_NV = np.zeros((rows.table.num_rows, len(self._names)))
-        for weight, features_ND, vectors_VD, basis_KD in zip(
+        for weight, features, vectors_VD, basis_KD in zip(
             self._weights, rows.features, self._vectors, self._bases, strict=True
         ):
-            scores_NV += weight * span_cosines(features_ND, vectors_VD, basis_KD)
+            scores_NV += weight * span_cosines(features, vectors_VD, basis_KD)
         subtask_NT = aggregate_subtasks(scores_NV, self._subtask_of_V)
         return score_rows(
             rows,

@@ -1,7 +1,4 @@
-"""The vectors that a selection compares rows by, read from where a run has left them.
-
-Shapes: N rows, D numbers of a vector.
-"""
+"""The vectors that a selection compares rows by, read from where a run has left them."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rose_ray.errors import StoreError
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.stages.candidates import Scores
 from rose_ray.stages.diversity import ReadVectors
 from rose_ray.stages.pool import skipped_rows
@@ -60,7 +58,7 @@ def vector_reader(workspace: Workspace, pool: Manifest, scores: Scores, source: 
     """
     skipped = skipped_rows(workspace, pool)
 
-    def read(shard: str, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    def read(shard: str, wanted: pa.Table) -> tuple[np.ndarray, FeatureMatrix]:
         receipt = find_receipt(workspace, source.kind, source.key, shard, skipped.get(shard, []))
         if receipt is None:
             raise StoreError(f"shard {shard} lacks the vectors of selection.diversity. Run `rose-ray run` again.")
@@ -68,10 +66,10 @@ def vector_reader(workspace: Workspace, pool: Manifest, scores: Scores, source: 
         stored = workspace.read_table(record.path, record)
         places = pc.index_in(wanted["row_id"], value_set=stored["row_id"])
         found = stored.take(places.drop_null())
-        vectors_ND = stored_features(found) if source.kind == FEATURES else _values(found)
-        return wanted["position"].to_numpy()[places.is_valid().to_numpy()], vectors_ND
+        vectors = stored_features(found) if source.kind == FEATURES else _values(found)
+        return wanted["position"].to_numpy()[places.is_valid().to_numpy()], vectors
 
-    def read_all(positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read_all(positions: np.ndarray) -> Iterator[tuple[np.ndarray, FeatureMatrix]]:
         rows = scores.rows(positions, ["row_id", "shard"]).append_column("position", pa.array(positions))
         fullest = max(entry["num_rows"] for entry in pool.facts["shards"])
         depth = depth_for(fullest * _ROW_BYTES)
@@ -80,11 +78,10 @@ def vector_reader(workspace: Workspace, pool: Manifest, scores: Scores, source: 
     return read_all
 
 
-_ROW_BYTES = 1 << 15
-"""About what a stored vector of 8,192 numbers takes."""
+_ROW_BYTES = 1 << 16
+"""What a restored vector of 16,384 numbers takes."""
 
 
-def _values(table: pa.Table) -> np.ndarray:
+def _values(table: pa.Table) -> FeatureMatrix:
     width = table.schema.field("values").type.list_size
-    values_ND: np.ndarray = pc.list_flatten(table["values"]).to_numpy().reshape(-1, width)
-    return values_ND
+    return FeatureMatrix(pc.list_flatten(table["values"]).to_numpy().reshape(-1, width), None, width)

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from rose_ray.config.target import Normalization, TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, NonFiniteError, SpaceMismatchError
 from rose_ray.kernels.aggregation import ScoreMode, aggregate_scores, aggregate_subtasks, subtask_order
+from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.kernels.influence import checkpoint_weights, influence
 from rose_ray.kernels.objectives import Directions, PairGradients, bank_directions
 from rose_ray.schemas import FEATURE_REJECTED, scores_schema
@@ -28,7 +29,7 @@ from rose_ray.stages.score_table import ScoreTable
 from rose_ray.stages.stored_features import normalized_features, row_scales, stored_features
 from rose_ray.stores.features import StoredShard
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raised whenever the same input would give other numbers."""
 
 _NUM_NAMED = 10
@@ -127,9 +128,9 @@ class TargetScorer:
     def score(self, rows: ScorableRows) -> pa.Table:
         """See `RowScorer`."""
         scores_NU = np.zeros((rows.table.num_rows, len(self.subtasks) + len(self.pairs)))
-        for table, features_ND, vectors_UD in zip(rows.tables, rows.features, self._vectors_UD, strict=True):
-            products_NU = influence(features_ND, vectors_UD)
-            scales_N = row_scales(table, features_ND, self.normalize)
+        for table, features, vectors_UD in zip(rows.tables, rows.features, self._vectors_UD, strict=True):
+            products_NU = influence(features, vectors_UD)
+            scales_N = row_scales(table, features, self.normalize)
             with np.errstate(invalid="ignore"):  # `_check_finite` names the rows
                 scores_NU += products_NU if scales_N is None else products_NU * scales_N[:, None]
         num_subtasks = len(self.subtasks)
@@ -195,14 +196,14 @@ class ScorableRows:
         shard: Its name.
         table: The columns of a score table that no target changes.
         tables: Feature tables of these rows, one a checkpoint.
-        features: Their features [N, D], float32, as stored.
+        features: Their features, as stored.
         rejected: Rows wanted that have no features, schema ``FEATURE_REJECTED``.
     """
 
     shard: str
     table: pa.Table
     tables: list[pa.Table]
-    features: list[np.ndarray]
+    features: list[FeatureMatrix]
     rejected: pa.Table
 
 

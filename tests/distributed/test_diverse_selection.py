@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +21,34 @@ from rose_ray.stores.verify import verify
 from tests.distributed import tiny
 from tests.distributed.conftest import FinishedJob
 from tests.distributed.reading import digests, manifests, opened, read_file
-from tests.oracles import greedy_diverse_rows
+from tests.oracles import dot_cosine, greedy_diverse_rows, sign_cosine
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 COUNT = 12
 
 
+Cosine = Callable[[np.ndarray, np.ndarray], float]
+
+
+def of_signs(row: np.ndarray, other: np.ndarray) -> float:
+    """Cosine of features of signs, with the part that all rows share behind them."""
+    return sign_cosine(row[:-1], other[:-1], (float(row[-1]), float(other[-1])))
+
+
+COSINES: dict[str, Cosine] = {"alpha": of_signs, "control": dot_cosine}
+
+
 def stored(workspace: Path, kind: str, file: str) -> dict[str, np.ndarray]:
-    """Unit vectors of all rows by row id; of values of methods, those that are no scores."""
+    """Vectors of all rows by row id; of values of methods unit ones, and those that are no scores."""
     found: dict[str, np.ndarray] = {}
     for receipt in manifests(workspace, kind):
         if any(record.path.endswith(file) for record in receipt.files) and "rejected" in receipt.counts:
             table = read_file(workspace, receipt, file)
             wide = kind == "shard_scores" and table.schema.field("values").type.list_size == 1
             if not wide:
-                values = stored_features(table) if kind == "features" else _values(table)
-                found.update(zip(table["row_id"].to_pylist(), unit_vectors(values)[0], strict=True))
+                rows = stored_features(table).restored() if kind == "features" else unit_vectors(_values(table))[0]
+                found.update(zip(table["row_id"].to_pylist(), rows, strict=True))
     return found
 
 
@@ -43,20 +56,21 @@ def _values(table: pa.Table) -> np.ndarray:
     return np.array(table["values"].to_pylist(), np.float32)
 
 
-def expected(workspace: Path, scores: Manifest, vectors: dict[str, np.ndarray], bound: float) -> list[str]:
+def expected(
+    workspace: Path, scores: Manifest, vectors: dict[str, np.ndarray], bound: float, cosine: Cosine
+) -> list[str]:
     table = read_file(workspace, scores, "scores.parquet").to_pylist()
     row_ids = [row["row_id"] for row in sorted(table, key=lambda row: (-row["score"], row["row_id"]))]
-    kept, _ = greedy_diverse_rows(np.stack([vectors[row_id] for row_id in row_ids]), bound)
+    kept, _ = greedy_diverse_rows([vectors[row_id] for row_id in row_ids], bound, cosine)
     assert len(kept) >= COUNT
     return [row_ids[place] for place in kept[:COUNT]]
 
 
-def bound_of(workspace: Path, scores: Manifest, vectors: dict[str, np.ndarray]) -> float:
+def bound_of(workspace: Path, scores: Manifest, vectors: dict[str, np.ndarray], cosine: Cosine) -> float:
     """A bound that some of the best rows are above."""
     table = read_file(workspace, scores, "scores.parquet").to_pylist()
     best = sorted(table, key=lambda row: (-row["score"], row["row_id"]))[:COUNT]
-    units = np.stack([vectors[row["row_id"]].astype(np.float64) for row in best])
-    cosines = np.sort((units @ units.T)[np.triu_indices(COUNT, 1)])
+    cosines = np.sort([cosine(*(vectors[row["row_id"]] for row in pair)) for pair in itertools.combinations(best, 2)])
     return float(np.clip(cosines[-6:-4].mean(), 0.01, 0.9999))
 
 
@@ -75,12 +89,12 @@ def test_by_gradients_and_by_states(finished: FinishedJob, copied: Path) -> None
     vectors = {"alpha": stored(copied, "features", last), "control": stored(copied, "shard_scores", "scores.parquet")}
     assert len(vectors["control"]) == tiny.NUM_UNIQUE - 1
     assert "method states rds" in [stage.stage for stage in first.stages]
-    bounds = {name: bound_of(copied, first.scores[name], vectors[name]) for name in vectors}
+    bounds = {name: bound_of(copied, first.scores[name], vectors[name], COSINES[name]) for name in vectors}
     result = job(bounds["alpha"], bounds["control"])
     assert {stage.stage for stage in result.stages if not stage.reused} == {"select alpha", "select control"}
     for name, selection in result.selections.items():
         chosen = read_file(copied, selection, "selected.parquet")["row_id"].to_pylist()
-        assert chosen == expected(copied, result.scores[name], vectors[name], bounds[name])
+        assert chosen == expected(copied, result.scores[name], vectors[name], bounds[name], COSINES[name])
         over = read_file(copied, selection, "passed_over.parquet")
         assert over.num_rows == selection.counts["too_similar"] > 0 and selection.counts["without_vector"] == 0
         assert set(over["match"].to_pylist()) <= set(chosen)

@@ -47,7 +47,8 @@ def test_llama_example_has_the_settings_of_the_paper() -> None:
     assert config.lora == LoraConfig()
     assert config.warmup.model_dump(exclude=ours) == WarmupConfig().model_dump(exclude=ours)
     assert (config.model.max_tokens, config.model.dtype) == (2048, "bfloat16")
-    assert config.gradients.projection.dim == 8192
+    # Not the paper's: its 8,192 numbers in float16 take eight times the bytes and rank worse (docs/projections.md).
+    assert (config.gradients.projection.dim, config.gradients.stored_type) == (16384, "bit1")
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("run.py", []), ("stage.py", ["features"])])

@@ -66,3 +66,16 @@ def test_what_an_exact_basis_will_keep_is_said(
     assert any(line.startswith(told) for line in lines)
     lines = lines_of(tmp_path, base_folder, prompt="Why?", settings=settings)
     assert not any(line.startswith("basis") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("projection", "is_told"), [({}, True), ({"dim": 16}, False), ({"kind": "none"}, False), ({"kind": "exact"}, False)]
+)
+def test_features_wider_than_the_adapter_are_said(
+    tmp_path: Path, base_folder: str, projection: dict[str, Any], is_told: bool
+) -> None:
+    settings = {"gradients": {"projection": projection}, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    told = [line for line in lines_of(tmp_path, base_folder, prompt="Why?", settings=settings) if "kind: none" in line]
+    assert bool(told) == is_told
+    for line in told:
+        assert line.startswith("gradients.projection.dim is 16,384, but the adapter has ")

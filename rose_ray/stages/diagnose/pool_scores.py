@@ -98,10 +98,10 @@ class PoolScores:
         """
         for shard in read_shard_rows(workspace, pool, features_key, checkpoints):
             rows = scorable_rows(shard)
-            scaled = []
-            for table, features_ND in zip(rows.tables, rows.features, strict=True):
-                scales_N = row_scales(table, features_ND, self.target.normalize)
-                scaled.append(features_ND if scales_N is None else features_ND * scales_N[:, None])
+            scaled = [
+                features.times(row_scales(table, features, self.target.normalize))
+                for table, features in zip(rows.tables, rows.features, strict=True)
+            ]
             influences_NK = self.atoms.influences(scaled).astype(np.float32)
             if not np.isfinite(influences_NK).all():
                 raise NonFiniteError(f"shard {shard.shard}: influences are not finite; see `rose-ray score`.")

@@ -30,7 +30,7 @@ def test_a_minimal_configuration_has_the_defaults_of_the_paper() -> None:
     config = parse_config(minimal())
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (128, 512.0, 0.1)
     assert (config.warmup.fraction, config.warmup.epochs, config.warmup.learning_rate) == (0.05, 4, 2e-5)
-    assert (config.gradients.adam, config.gradients.projection.dim) == ("torch", 8192)
+    assert config.gradients.adam == "torch"
     assert (config.targets[0].objective, config.targets[0].aggregation) == ("rose", "max")
     assert config.targets[0].selection.budget == ("fraction", 0.05)
 
@@ -296,3 +296,17 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(override: str, key: s
 )
 def test_a_path_with_an_at_sign_holds_no_credentials(uri: str) -> None:
     assert parse_config(minimal(), [f"workspace='{uri}'"]).workspace == uri
+
+
+def test_signs_are_stored_unless_nothing_is_projected() -> None:
+    def stored(**gradients: Any) -> tuple[int, str]:
+        config = parse_config({**minimal(), "gradients": gradients}).gradients
+        return config.projection.dim, config.stored_type
+
+    assert stored() == (16384, "bit1")
+    assert stored(projection={"kind": "rademacher", "dim": 64}) == (64, "bit1")
+    assert stored(projection={"kind": "none"})[1] == "float32"
+    assert stored(projection={"kind": "none"}, stored_dtype="bit1")[1] == "bit1"
+    assert stored(stored_dtype="int8")[1] == "int8"
+    with pytest.raises(ConfigError, match="stored_dtype"):
+        parse_config({**minimal(), "gradients": {"stored_dtype": "int4"}})

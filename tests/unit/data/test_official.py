@@ -156,7 +156,7 @@ def test_features_are_normalised_by_their_projected_length() -> None:
     vectors = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     feature = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 4)
     table = pa.table({"feature": feature, "norm": pa.array([1.0, 2.0, 3.0])}).replace_schema_metadata({"dim": "4"})
-    lengths = np.linalg.norm(normalized_features(table, "projected"), axis=1)
+    lengths = np.linalg.norm(normalized_features(table, "projected").restored(), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=FLOAT32_RELATIVE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import rose_ray.kernels.influence as influence_module
+import rose_ray.kernels.feature_matrix as feature_matrix
 from rose_ray.errors import NonFiniteError, NumericsError, ShapeError
 from rose_ray.kernels.influence import checkpoint_weights, influence
 
@@ -17,7 +17,8 @@ FLOAT64_ROUNDING = 1e-12  # inner products of 300 numbers of order 1, in another
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_influence_equals_exact_sums(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influence_module, "ROW_BLOCK", 4)
+    monkeypatch.setattr(feature_matrix, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(feature_matrix, "BLOCK_FEATURES", 64)
     random = np.random.default_rng(0)
     features = random.standard_normal((11, 300)).astype(dtype)
     directions = random.standard_normal((3, 300)).astype(np.float32)

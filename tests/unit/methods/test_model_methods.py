@@ -185,8 +185,8 @@ def test_states_of_rows_are_stored_for_selections(vectors: str, model: MethodMod
     sorted_ids = scores.rows(np.arange(len(ids)), ["row_id"])["row_id"].to_pylist()
     found = {}
     for places, values in vector_reader(workspace, pool, scores, source)(np.array([0, 2, 3, 7, 10])):
-        assert values.dtype == np.float32
-        found.update(zip(places.tolist(), values, strict=True))
+        assert values.restored().dtype == np.float32
+        found.update(zip(places.tolist(), values.restored(), strict=True))
     assert sorted(found) == [0, 2, 3, 7, 10]
     for place, values in found.items():
         wanted = expected.values_NU[ids.index(sorted_ids[place])]

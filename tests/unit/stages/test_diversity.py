@@ -15,13 +15,15 @@ from rose_ray.errors import ConfigError
 from rose_ray.kernels import selection
 from rose_ray.kernels.budget import Budget
 from rose_ray.kernels.diversity import unit_vectors
+from rose_ray.kernels.feature_matrix import FeatureMatrix
+from rose_ray.kernels.quantization import quantize
 from rose_ray.kernels.selection import ScoreColumns, choose_rows
 from rose_ray.methods.registry import needs_of
 from rose_ray.stages.clean import CleanGate
 from rose_ray.stages.diversity import DiversityGate
 from rose_ray.stages.gates import JoinedGate, Refused
 from tests.distributed.tiny import tiny_content
-from tests.oracles import greedy_diverse_rows
+from tests.oracles import greedy_diverse_rows, sign_cosine
 
 NUM_ROWS = 80
 BOUND = 0.7
@@ -34,12 +36,23 @@ class Store:
         self.vectors, self.without = vectors, without
         self.read_at: list[int] = []
 
-    def __call__(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __call__(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, FeatureMatrix]]:
         assert (np.diff(positions) > 0).all()
         self.read_at += positions.tolist()
         have = np.array([place for place in positions.tolist() if place not in self.without], np.int64)
         for part in (have[::2], have[1::2]):
-            yield part, self.vectors[part]
+            yield part, self.matrix(self.vectors[part])
+
+    def matrix(self, vectors_ND: np.ndarray) -> FeatureMatrix:
+        return FeatureMatrix(vectors_ND.astype(np.float32), None, vectors_ND.shape[1])
+
+
+class SignStore(Store):
+    """Signs of the vectors' numbers but the last, which is kept exactly, as of deflated features."""
+
+    def matrix(self, vectors_ND: np.ndarray) -> FeatureMatrix:
+        codes_NC, scales_N = quantize(vectors_ND[:, :-1].astype(np.float32), "bit1")
+        return FeatureMatrix(codes_NC, scales_N, vectors_ND.shape[1] - 1, vectors_ND[:, -1:].astype(np.float32))
 
 
 def rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +106,31 @@ def test_rows_without_a_vector_are_passed_over_and_named() -> None:
     chosen = choose_rows(columns(np.arange(6.0)[:, None]), Budget(count=4), gate=JoinedGate([gate]))
     assert chosen.tolist() == [5, 4, 2, 0]
     assert gate.refused == {place: Refused("no_vector", "") for place in (1, 3)}
+
+
+def test_of_signs_the_angle_is_compared_beside_the_shared_part() -> None:
+    random = np.random.default_rng(4)
+    centres = random.normal(size=(12, 400))
+    vectors = centres[random.integers(0, 12, NUM_ROWS)] + 0.6 * random.normal(size=(NUM_ROWS, 400))
+    vectors *= 0.6 / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = np.column_stack([vectors, np.full(NUM_ROWS, 0.8)])  # unit vectors of which all share 0.64 of a square
+    vectors[7, :-1] = 0.0  # nothing but the shared part, though of less than unit length: it has a direction
+    scores = random.permutation(NUM_ROWS).astype(float)[:, None]
+    order = np.argsort(-scores[:, 0]).tolist()
+
+    def cosine(row: np.ndarray, other: np.ndarray) -> float:
+        return sign_cosine(row[:-1], other[:-1], (np.float32(row[-1]), np.float32(other[-1])))
+
+    kept, refused = greedy_diverse_rows([vectors[place] for place in order], 0.85, cosine)
+    assert len(kept) > 10 and len(refused) > 20
+    gate = DiversityGate(SignStore(vectors), 0.85)
+    chosen = choose_rows(columns(scores), Budget(count=len(kept)), gate=JoinedGate([gate]))
+    assert chosen.tolist() == [order[place] for place in kept]
+    last = order.index(chosen[-1])
+    told = {order[row]: Refused("too_similar", order[match]) for row, match in refused.items() if row < last}
+    assert {place: gate.refused[place] for place in told} == told
+    held = next(iter(gate._filter._chunks))
+    assert held.dtype == np.uint8 and held.shape[1] == 400 // 8 + 4
 
 
 def test_vectors_in_memory_are_no_more_than_the_budget_buys() -> None:

@@ -250,9 +250,9 @@ def test_targets_scored_in_one_pass_are_those_scored_apart() -> None:
 def test_normalisation_of_stored_features(dtype: Any) -> None:
     table = _features(["u", "v"], 3, dtype)
     stored = np.array(table["feature"].to_pylist(), dtype=np.float32)
-    assert np.array_equal(normalized_features(table, "exact"), stored)
-    np.testing.assert_allclose(normalized_features(table, "none"), 3.0 * stored)
-    np.testing.assert_allclose(np.linalg.norm(normalized_features(table, "projected"), axis=1), 1, rtol=1e-6)
+    assert np.array_equal(normalized_features(table, "exact").restored(), stored)
+    np.testing.assert_allclose(normalized_features(table, "none").restored(), 3.0 * stored)
+    np.testing.assert_allclose(np.linalg.norm(normalized_features(table, "projected").restored(), axis=1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["rose", "rose_simpo", "rose_balanced", "less"])
@@ -289,18 +289,18 @@ def test_a_row_that_has_nothing_of_its_own_scores_0() -> None:
     for own, expected in ((0.0, 0.0), (0.002, 0.0), (0.01, 1.0)):  # its length beside the shared part
         row = np.append(np.full(DIM - 1, own / np.sqrt(DIM - 1)), np.sqrt(1 - own**2)).astype(np.float32)
         column = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([row, unit])), DIM)
-        scaled = normalized_features(table.set_column(place, table.schema.field("feature"), column), "own")
+        scaled = normalized_features(table.set_column(place, table.schema.field("feature"), column), "own").restored()
         # The shared part is kept in float32: what is left of it at 0.01 is known to 1e-3.
         assert np.linalg.norm(scaled[0, :-1]) == pytest.approx(expected, abs=2e-3) and not scaled[1].any()
 
 
 def test_a_table_of_several_chunks_or_a_slice_is_read_right() -> None:
     whole = _features(["u", "v", "w"], 1)
-    expected = normalized_features(whole, "exact")
+    expected = normalized_features(whole, "exact").restored()
     chunked = pa.concat_tables([_features(["u"], 1), _features(["v", "w"], 1)])
-    assert np.array_equal(normalized_features(chunked, "exact"), expected)
-    assert np.array_equal(normalized_features(whole.slice(1), "exact"), expected[1:])
-    assert np.array_equal(normalized_features(whole.take([2, 0]), "exact"), expected[[2, 0]])
+    assert np.array_equal(normalized_features(chunked, "exact").restored(), expected)
+    assert np.array_equal(normalized_features(whole.slice(1), "exact").restored(), expected[1:])
+    assert np.array_equal(normalized_features(whole.take([2, 0]), "exact").restored(), expected[[2, 0]])
 
 
 def test_a_subtask_s_weighted_pairs_become_one_column() -> None:

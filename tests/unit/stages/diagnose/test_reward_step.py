@@ -97,7 +97,7 @@ def test_measured_slopes_are_inner_products_of_gradients(
     (tables,) = shard_features(model, tokens, [checkpoint], layout, [[projection]], made).tables
     numbers = pair_gradients(model, pairs, checkpoint, layout, projection, max_batch_tokens=512).numbers()
     own = bank_directions("rose", numbers, dpo_beta=0.1, subtasks=["s"] * 3)
-    influences_NV = stored_features(tables[0]).astype(float) @ own.vectors_UD.T
+    influences_NV = stored_features(tables[0]).restored().astype(float) @ own.vectors_UD.T
     slopes_NV = (found.slopes_NV2[..., 0] - found.slopes_NV2[..., 1]) / own.exact_norms_U
     np.testing.assert_allclose(found.norms_N, tables[0]["norm"].to_numpy(), rtol=1e-5)  # float32 sums
     assert np.abs(influences_NV).max() > 20 * SLOPE_ERROR
