@@ -252,6 +252,7 @@ def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
     for dim in (1024, 8192):
         for kind in ("sketch", "sketch, deflated", "factored"):
             made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
+    made.append(Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384))
     made.append(Variant("engine, rademacher, D 1024", baseline, "rademacher", 1024))
     further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
     exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]

@@ -31,7 +31,7 @@ from rose_ray.schemas import TOKENS
 from rose_ray.stages.directions import DirectionSettings
 from rose_ray.stages.features import shard_features
 
-DIM = 8192
+DIM = 16384
 BATCH_TOKENS = 2048
 UNITS = {"cpu": "CPU s", "cuda": "s"}
 """Columns of seconds by device."""
@@ -56,7 +56,7 @@ class Scorer:
         tokens = pa.Table.from_pylist(
             [{"row_id": str(number), **sample.__dict__} for number, sample in enumerate(samples)], schema=TOKENS
         )
-        settings = DirectionSettings("torch", "float16", BATCH_TOKENS)
+        settings = DirectionSettings("torch", "bit1", BATCH_TOKENS)
 
         def once() -> None:
             made = shard_features(model, tokens, steps, layout, [[projection] * checkpoints], settings)

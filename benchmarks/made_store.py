@@ -34,7 +34,7 @@ class StoreSize:
     dim: int = 1024
     subtasks: int = 18
     pairs: int = 5
-    stored: StoredType = "int8"
+    stored: StoredType = "bit1"
 
     @property
     def names(self) -> list[str]:

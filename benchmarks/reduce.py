@@ -7,8 +7,9 @@ Everything is measured in a fresh process with one thread for BLAS, as a Ray tas
     PYTHONPATH=. python benchmarks/reduce.py --folder SCRATCH --part wide
     PYTHONPATH=. python benchmarks/reduce.py --folder SCRATCH --part select
 
-Features are in int8, the default of a job, unless ``--stored`` says otherwise. ``million`` needs 6 GB in SCRATCH, 10 GB
-in float16, the others 2 to 6 GB; ``select`` needs 6 GB of memory. What is made is deleted.
+Features are signs, the default of a job, unless ``--stored`` says otherwise; ``wide`` has the default's 16,384 of them,
+unless ``--dim`` says otherwise. ``million`` needs 2 GB in SCRATCH, 6 GB in int8, 10 GB in float16, the others 2 to 6 GB;
+``select`` needs 6 GB of memory. What is made is deleted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BLOCK_BYTES = 1 << 22
 SIZES = {
     "million": [StoreSize(1_000_000, 512)],
     "shards": [StoreSize(100_000, shard_rows) for shard_rows in (128, 512, 2048, 8192)],
-    "wide": [StoreSize(50_000, 512, dim=8192)],
+    "wide": [StoreSize(50_000, 512, dim=16384)],
 }
 QUOTAS = {"source-00": 0.02, "source-01": 0.01}
 
@@ -203,7 +204,8 @@ def main() -> None:
     parser.add_argument("--part", choices=[*SIZES, "select"], required=True)
     parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder with room")
     parser.add_argument("--rows", type=int, help="another number of rows")
-    parser.add_argument("--stored", choices=get_args(StoredType), default="int8", help="form of the features")
+    parser.add_argument("--stored", choices=get_args(StoredType), default="bit1", help="form of the features")
+    parser.add_argument("--dim", type=int, help="another number of numbers of a feature")
     parser.add_argument("--subtasks", type=int, default=4, help="of the score table; features meet 18 of 5 pairs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -216,12 +218,12 @@ def main() -> None:
         sections[f"5 % of {rows:,} rows, scores only"] = selections(options.folder / "table", rows, options.subtasks)
     else:
         for size in SIZES[options.part]:
-            size = replace(size, rows=options.rows or size.rows, stored=options.stored)
+            size = replace(size, rows=options.rows or size.rows, stored=options.stored, dim=options.dim or size.dim)
             shape = f"{size.checkpoints} checkpoints, D {size.dim}, {size.stored}"
             title = f"{size.rows:,} rows, {shape}, shards of {size.shard_rows}"
             sections[title] = reduce_rows(options.folder / "store", size, 3)
     write_results(
-        "reduce" if options.part == "million" else f"reduce-{options.part}",
+        "reduce-select" if options.part == "select" else f"reduce-{options.part}-{options.stored}",
         sections,
         {"threads of BLAS": 1},
         options.out,
