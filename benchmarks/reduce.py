@@ -8,7 +8,7 @@ Everything is measured in a fresh process with one thread for BLAS, as a Ray tas
     PYTHONPATH=. python benchmarks/reduce.py --folder SCRATCH --part select
 
 Features are signs, the default of a job, unless ``--stored`` says otherwise; ``wide`` has the default's 16,384 of them,
-unless ``--dim`` says otherwise. ``million`` needs 2 GB in SCRATCH, 6 GB in int8, 10 GB in float16, the others 2 to 6 GB;
+unless ``--dim`` says otherwise. ``million`` needs 2 GB in SCRATCH, 6 GB in int8, 10 GB in float16, the others 2 to 6;
 ``select`` needs 6 GB of memory. What is made is deleted.
 """
 
