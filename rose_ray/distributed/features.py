@@ -169,7 +169,9 @@ def _compute(
     tokenize = functools.partial(tokenize_row, workspace=spec.workspace, model=spec.model, pool_ref=[ray.put(pool)])
     lines = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(tokenize, num_cpus=settings.cpus_per_task)
+        # A shard is read and tokenised in a part of the time that scoring it takes: one reader an actor keeps up, and
+        # every further process costs the start of the actors seconds of a processor.
+        .map(tokenize, num_cpus=settings.cpus_per_task, compute=ray.data.TaskPoolStrategy(size=settings.actors))
         .map_batches(
             GangActor if gang else ScoringActor,
             fn_constructor_kwargs={"spec": spec},
