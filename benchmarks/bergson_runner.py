@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bergson.collector.collector as collecting
 import torch
@@ -45,7 +44,7 @@ class Bergson:
 
     def __init__(self, problem: Problem, folder: Path) -> None:
         self.problem, self.folder = problem, folder
-        self.model: Any = copy.deepcopy(problem.model)
+        self.model = cast(Any, copy.deepcopy(problem.model))
         self.targets = extract_peft_target_modules(self.model)
         self.model.requires_grad_(False)
         self.model.get_input_embeddings().requires_grad_(True)
@@ -70,14 +69,14 @@ class Bergson:
         config = IndexConfig(
             run_path=str(self.folder / "run"),
             projection_dim=dim or 0,
-            projection_target=target,  # type: ignore[arg-type]
+            projection_target=target,
             loss_reduction="mean",
         )
         config.partial_run_path.mkdir(exist_ok=True)
         processor = GradientProcessor(
             self.normalizers if adam else {},
             projection_dim=dim,
-            projection_target=target,  # type: ignore[arg-type]
+            projection_target=target,
         )
         collector = InMemoryCollector(
             model=self.model.base_model,
@@ -116,11 +115,9 @@ def _clocked(collector: InMemoryCollector, clock: Clock) -> Iterator[None]:
 
     drawn = collecting.random_matrix
     collecting.random_matrix = timed(MATRIX, drawn)
-    collector._module_gradient = timed(GRADIENTS, collector._module_gradient, MATRIX)  # type: ignore[method-assign]
-    collector.accumulate_global_projection = timed(  # type: ignore[method-assign]
-        PROJECTING, collector.accumulate_global_projection, MATRIX
-    )
-    collector._materialize_gradient = timed(GRADIENTS, collector._materialize_gradient)  # type: ignore[method-assign]
+    collector._module_gradient = timed(GRADIENTS, collector._module_gradient, MATRIX)
+    collector.accumulate_global_projection = timed(PROJECTING, collector.accumulate_global_projection, MATRIX)
+    collector._materialize_gradient = timed(GRADIENTS, collector._materialize_gradient)
     try:
         yield
     finally:
@@ -168,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

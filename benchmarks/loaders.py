@@ -76,8 +76,9 @@ def work(options: argparse.Namespace) -> None:
         base=options.base,
         dtype=options.dtype,
         loader=way.loader,  # type: ignore[arg-type]
-        **({} if way.loader == "plain" else {"deepspeed": deepspeed}),
     )
+    if way.loader != "plain":
+        model_config = model_config.model_copy(update={"deepspeed": deepspeed})
     lora = LoraConfig(rank=options.lora, alpha=2.0 * options.lora, dropout=0.0, target_modules=TARGETS)
     group = ProcessGroup(rank, way.ranks, "127.0.0.1", options.port)
     model = load_scoring_model(model_config, lora, device="cpu", group=group)
@@ -135,7 +136,7 @@ class Workers:
             process.stdin.flush()
         told = [self._answer(process) for process in self.processes]
         self.peak = max([self.peak, *(each["peak"] for each in told)])
-        return sum(each["seconds"] for each in told)
+        return float(sum(each["seconds"] for each in told))
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
@@ -143,7 +144,7 @@ class Workers:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise RuntimeError(f"{process.args}: ended with {process.wait()}")
+        raise RuntimeError(f"{process.args!r}: ended with {process.wait()}")
 
     def features(self) -> np.ndarray:
         """Features of all samples, in their order."""

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -60,11 +61,12 @@ def make_model(size: Size, rank: int, dtype: torch.dtype, *, adapter: torch.dtyp
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         max_position_embeddings=4096,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by the class it derives from
         use_cache=False,
     )
     with torch.device(device):
-        base = LlamaForCausalLM(config).to(dtype)
+        base: Any = LlamaForCausalLM(config)
+        base = base.to(dtype)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():

@@ -165,7 +165,7 @@ def rose_ray(*arguments: str) -> str:
 
 def digests(workspace: Path) -> dict[str, str]:
     """Digest of every target's newest score table and selection, as their manifests say."""
-    found = {}
+    found: dict[str, str] = {}
     for latest in sorted(workspace.glob("selections/*/latest.json")):
         selection = json.loads((workspace / json.loads(latest.read_text())["folder"] / "manifest.json").read_text())
         folders = [selection["folder"], *selection["facts"]["scores"]]

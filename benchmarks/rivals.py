@@ -150,7 +150,8 @@ class OurPass:
 def orthonormal_rows(number: int, num_parameters: int) -> Tensor:
     """Return random orthonormal rows [J, P]."""
     generator = torch.Generator().manual_seed(2)
-    return torch.linalg.qr(torch.randn(num_parameters, number, generator=generator)).Q.T.contiguous()
+    basis_PJ: Tensor = torch.linalg.qr(torch.randn(num_parameters, number, generator=generator)).Q
+    return basis_PJ.T.contiguous()
 
 
 def rivals(problem: Problem, only: Sequence[str] | None) -> Iterator[Rival]:

@@ -255,7 +255,7 @@ def padding_of(shard_rows: int, tokens: float = 300.0, batch_tokens: int = 16_38
     lengths = np.random.default_rng(0).lognormal(math.log(tokens) - 0.32, 0.8, num_rows).clip(16, 2048).astype(int)
     parts = [lengths[start : start + shard_rows].tolist() for start in range(0, num_rows, shard_rows)]
     positions = sum(sum(part) / (1 - padding_fraction(part, length_batches(part, batch_tokens))) for part in parts)
-    return 1 - float(lengths.sum()) / positions
+    return 1 - float(lengths.sum()) / float(positions)
 
 
 def averaged(job: Job, cluster: Cluster, shards: Shards, num_seeds: int = NUM_SEEDS) -> dict[str, float]:
