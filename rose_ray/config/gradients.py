@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rose_ray.config.strict import Strict
-from rose_ray.kernels.quantization import StoredType
 
 AdamMode = Literal["torch", "less_code", "v_only", "sgd"]
+StoredType = Literal["float32", "float16", "int8", "bit1"]
 
 
 class ProjectionConfig(Strict):

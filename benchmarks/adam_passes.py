@@ -1,9 +1,10 @@
-"""Adam and norms of a module under torch.compile instead of torch's own operators, in the engine's whole pass.
+"""Ways to run what stands behind the gradients, in the engine's whole pass: Adam, norms, projection.
 
-    python benchmarks/compiled.py --rounds 6
+    python benchmarks/adam_passes.py --rounds 6
+    python benchmarks/adam_passes.py --rounds 6 --tokens 16384
 
-What the engine would gain, were its work behind the gradients compiled: each variant beside the engine as it is, and
-beside a pass that drops the gradients, which nothing behind them can beat.
+The engine takes samples through torch's operators in groups that stay in the processor's cache. Beside it: all samples
+of a batch at once, Adam and norms under torch.compile, and a pass that drops the gradients, which nothing can beat.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.engine import DROPPED, Setting, Variant, engine, free_all
 from benchmarks.timing import Pass, compare, write_results
+from rose_ray.kernels import direction_sums
 from rose_ray.kernels.direction_sums import DirectionSums
 
 SIZES = {"small": 96, "base": 48, "large": 24}
@@ -59,37 +61,40 @@ def adding(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
     return add
 
 
-def passes(size: str, samples: int) -> dict[str, Pass]:
-    """The engine as it is, with the same arithmetic compiled, and with the gradients dropped."""
-    setting = Setting(size, 64, 2048, "cpu", None, samples)
+def passes(size: str, samples: int, tokens: int) -> dict[str, Pass]:
+    """The engine as it is, with all samples at once, with the same arithmetic compiled, and with gradients dropped."""
+    setting = Setting(size, 64, tokens, "cpu", None, samples)
     once = engine(setting, Variant(EAGER, torch.float32, "sketch, deflated", 16384))
     compiled = adding(torch.compile(directions, dynamic=True))
+
+    def at_once() -> None:
+        with patch.object(direction_sums, "_CACHED_NUMBERS", 1 << 62):
+            once()
 
     def with_compiled() -> None:
         with patch.object(DirectionSums, "add", compiled):
             once()
 
-    return {
-        EAGER: once,
-        "the same, compiled": with_compiled,
-        DROPPED: engine(setting, Variant("", torch.float32, "dropped")),
-    }
+    dropped = engine(setting, Variant(DROPPED, torch.float32, "dropped"))
+    return {EAGER: once, "all samples at once": at_once, "compiled, all at once": with_compiled, DROPPED: dropped}
 
 
 def main() -> None:
     """Time all sizes and write one result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=2048, help="bound on rows times length of a batch")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sections: dict[str, list[dict[str, Any]]] = {}
     for size in options.sizes:
-        rows = compare(passes(size, SIZES[size]), EAGER, rounds=options.rounds)
+        rows = compare(passes(size, SIZES[size], options.tokens), EAGER, rounds=options.rounds)
         sections[f"{size}, r 64"] = [asdict(row) for row in rows]
         free_all()
-    write_results("compiled", sections, {"rounds": options.rounds, "samples": SIZES}, options.out)
+    facts = {"rounds": options.rounds, "samples": SIZES, "batch tokens": options.tokens}
+    write_results(f"adam-passes-{options.tokens}", sections, facts, options.out)
 
 
 if __name__ == "__main__":
