@@ -3,8 +3,9 @@
     python benchmarks/adam_passes.py --rounds 6
     python benchmarks/adam_passes.py --rounds 6 --tokens 16384
 
-The engine takes samples through torch's operators in groups that stay in the processor's cache. Beside it: all samples
-of a batch at once, Adam and norms under torch.compile, and a pass that drops the gradients, which nothing can beat.
+The engine takes all samples of a batch through one of torch's operators after the other. Beside it: groups of samples
+that stay in a processor's cache from one operator to the next, Adam and norms under torch.compile, and a pass that
+drops the gradients, which nothing can beat.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.engine import DROPPED, Setting, Variant, engine, free_all
 from benchmarks.timing import Pass, compare, write_results
-from rose_ray.kernels import direction_sums
+from rose_ray.kernels.adam import adam_direction
 from rose_ray.kernels.direction_sums import DirectionSums
 
 SIZES = {"small": 96, "base": 48, "large": 24}
@@ -61,22 +62,42 @@ def adding(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
     return add
 
 
+GROUP_NUMBERS = 1 << 18
+"""Gradients of a group, 1 MiB of float32."""
+
+
+def in_groups(
+    sums: DirectionSums, offset: int, grads_BOI: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None
+) -> None:
+    """Add a module in groups of samples, each through Adam, norms and projection before the next."""
+    group = max(1, GROUP_NUMBERS // grads_BOI.shape[1:].numel())
+    for start in range(0, len(grads_BOI), group):
+        rows = slice(start, start + group)
+        adam = adam_direction(grads_BOI[rows], exp_avg, exp_avg_sq, sums.state, sums.mode)
+        direction_Bn = adam.direction_B.flatten(1)
+        sums.square_B[rows] += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
+        sums.total_square_B[rows] += adam.total_square_B
+        if start == 0:
+            sums.momentum_square += adam.momentum_square
+        for projection, out_BD in zip(sums.projections, sums.projected, strict=True):
+            projection.add(out_BD[rows], offset, direction_Bn)
+
+
 def passes(size: str, samples: int, tokens: int) -> dict[str, Pass]:
-    """The engine as it is, with all samples at once, with the same arithmetic compiled, and with gradients dropped."""
+    """The engine as it is, in groups, with the same arithmetic compiled, and with gradients dropped."""
     setting = Setting(size, 64, tokens, "cpu", None, samples)
     once = engine(setting, Variant(EAGER, torch.float32, "sketch, deflated", 16384))
-    compiled = adding(torch.compile(directions, dynamic=True))
+    ways = {"in groups": in_groups, "compiled": adding(torch.compile(directions, dynamic=True))}
 
-    def at_once() -> None:
-        with patch.object(direction_sums, "_CACHED_NUMBERS", 1 << 62):
-            once()
+    def another(add: Callable[..., None]) -> Pass:
+        def other() -> None:
+            with patch.object(DirectionSums, "add", add):
+                once()
 
-    def with_compiled() -> None:
-        with patch.object(DirectionSums, "add", compiled):
-            once()
+        return other
 
     dropped = engine(setting, Variant(DROPPED, torch.float32, "dropped"))
-    return {EAGER: once, "all samples at once": at_once, "compiled, all at once": with_compiled, DROPPED: dropped}
+    return {EAGER: once, **{name: another(add) for name, add in ways.items()}, DROPPED: dropped}
 
 
 def main() -> None:

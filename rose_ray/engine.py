@@ -112,7 +112,7 @@ class GradientEngine:
         """The adapter's parameters by their layout names: what to look moments up by in an optimizer's state."""
         return adapter_parameters(self._model.module)
 
-    def projection(self, kind: ProjectionKind = "sketch", *, dim: int = 8192, seed: int = 0) -> Projection:
+    def projection(self, kind: ProjectionKind = "sketch", *, dim: int = 16384, seed: int = 0) -> Projection:
         """Return a projection from P to D numbers, the same for a seed everywhere: see `make_projection`.
 
         Raises:

@@ -46,7 +46,7 @@ class GradientConfig(Strict):
         description="What exact_basis: auto compares with, in GiB, target by target: both sides of the pairs in "
         "float32 at all checkpoints, as an actor holds them. Ignored by pairs and subtasks.",
     )
-    stored_dtype: StoredType | Literal["auto"] = Field(
+    stored_dtype: Literal["auto", "float32", "float16", "int8", "bit1"] = Field(
         "auto",
         description="Type of a stored feature; docs/projections.md says what each costs in rank. auto: bit1, and "
         "float32 where nothing is projected (kind: none).",

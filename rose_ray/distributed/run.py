@@ -21,6 +21,7 @@ from rose_ray.distributed.methods import check_methods, make_row_states, score_b
 from rose_ray.distributed.reduce import make_scores, make_selections
 from rose_ray.distributed.resources import NodeLosses, granted_resources, release_resources
 from rose_ray.distributed.session import ray_session, root_cause
+from rose_ray.distributed.spaces import check_sign_vectors
 from rose_ray.errors import RoseError
 from rose_ray.methods.registry import needs_of
 from rose_ray.model.tokenizer import with_absolute_paths
@@ -131,6 +132,8 @@ def _run(
     # Read now what is needed later: a bad pair is said before GPUs are spent.
     pairs = {target.name: read_target_pairs(target) for target in job.config.targets}
     check_test_text(job.config)
+    if job.config.gradient_targets:
+        check_sign_vectors(job.config, job.identity.layout)
     warmup = warm_up(job, pool, new_warmup) if needs.warmup else None
     if warmup is not None and job.config.gradient_targets:
         _make_features(job, pool, warmup, pairs, stages)

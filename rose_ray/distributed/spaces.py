@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from rose_ray.config.gradients import GradientConfig
-from rose_ray.errors import AlteredFileError
+from rose_ray.config.job import JobConfig
+from rose_ray.errors import AlteredFileError, ConfigError
 from rose_ray.kernels.adam import AdamState, common_direction
 from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import Projection, make_projection
@@ -80,6 +81,22 @@ def too_wide(settings: GradientConfig, layout: ParameterLayout) -> str | None:
         f"gradients.projection.dim is {chosen.dim:,}, but the adapter has {size:,} parameters: kind: none keeps all of "
         "them without error, in fewer numbers"
     )
+
+
+def check_sign_vectors(config: JobConfig, layout: ParameterLayout) -> None:
+    """Refuse to compare rows by signs of numbers that nothing is added to: all rows have those in common.
+
+    Raises:
+        ConfigError: A selection asks for it.
+    """
+    if config.gradients.stored_type != "bit1" or (told := too_wide(config.gradients, layout)) is None:
+        return
+    asking = {target.name: target.selection for target in config.gradient_targets if not config.is_exact(target)}
+    if config.training_set is not None:
+        asking["training_set"] = config.training_set.selection
+    for name, selection in asking.items():
+        if selection.diversity is not None and selection.diversity.vectors == "gradients":
+            raise ConfigError(f"{name}: selection.diversity cannot compare rows by gradients. {told}")
 
 
 def deflates(settings: GradientConfig) -> bool:

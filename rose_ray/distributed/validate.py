@@ -11,7 +11,7 @@ from rose_ray.config.target import TargetConfig
 from rose_ray.data.tokenize import Tokeniser
 from rose_ray.distributed.methods import check_methods
 from rose_ray.distributed.own_adapters import check_own_adapters, describe_moments
-from rose_ray.distributed.spaces import too_wide
+from rose_ray.distributed.spaces import check_sign_vectors, too_wide
 from rose_ray.evaluate.inputs import check_inputs
 from rose_ray.filesystem import expand, locate
 from rose_ray.methods.registry import method_of, needs_of
@@ -65,7 +65,8 @@ def _model_lines(config: JobConfig, identity: ModelIdentity) -> Iterator[str]:
         f"base model {config.model.base}: {identity.base}, {identity.layout.num_parameters:,} adapter parameters in "
         f"{len(identity.layout.shapes)} matrices"
     )
-    if (note := too_wide(config.gradients, identity.layout)) is not None:
+    check_sign_vectors(config, identity.layout)
+    if config.gradient_targets and (note := too_wide(config.gradients, identity.layout)) is not None:
         yield note
     states = check_own_adapters(config, identity.layout)
     for name, state in zip(config.warmup.adapters or [], states, strict=True):

@@ -21,9 +21,6 @@ from rose_ray.kernels.sketch import SketchProjection
 KernelKind = Literal["torch", "triton"]
 """torch's own operators, or one fused Triton kernel a module."""
 
-_CACHED_NUMBERS = 1 << 18
-"""Gradients, 1 MiB of float32, that stay in a processor's cache from one pass over them to the next."""
-
 
 class DirectionSums:
     """Running sums of one batch.
@@ -77,16 +74,13 @@ class DirectionSums:
         if self.kernel == "triton":
             self._add_fused(offset, grads_BOI.flatten(1), exp_avg, exp_avg_sq)
             return
-        for start in range(0, len(grads_BOI), group := _group_size(grads_BOI)):
-            rows = slice(start, start + group)
-            adam = adam_direction(grads_BOI[rows], exp_avg, exp_avg_sq, self.state, self.mode)
-            direction_Bn = adam.direction_B.flatten(1)
-            self.square_B[rows] += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
-            self.total_square_B[rows] += adam.total_square_B
-            if start == 0:
-                self.momentum_square += adam.momentum_square
-            for projection, out_BD in zip(self.projections, self.projected, strict=True):
-                projection.add(out_BD[rows], offset, direction_Bn)
+        adam = adam_direction(grads_BOI, exp_avg, exp_avg_sq, self.state, self.mode)
+        direction_Bn = adam.direction_B.flatten(1)
+        self.square_B += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
+        self.total_square_B += adam.total_square_B
+        self.momentum_square += adam.momentum_square
+        for projection, out_BD in zip(self.projections, self.projected, strict=True):
+            projection.add(out_BD, offset, direction_Bn)
 
     def _add_fused(self, offset: int, grads_Bn: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
         """Sketch, deflated or not, in the pass that reads the gradients; others read the directions it leaves there."""
@@ -142,13 +136,6 @@ class DirectionSums:
         tiny = torch.finfo(torch.float64).tiny
         shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
         return torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
-
-
-def _group_size(grads_BOI: Tensor) -> int:
-    """Samples whose gradients go through all passes before the next ones do."""
-    if grads_BOI.device.type != "cpu":
-        return max(1, len(grads_BOI))
-    return max(1, _CACHED_NUMBERS // max(1, grads_BOI.shape[1:].numel()))
 
 
 def _sketch_of(projection: Projection) -> SketchProjection | None:

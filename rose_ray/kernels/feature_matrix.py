@@ -9,6 +9,7 @@ features, U directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,8 @@ class FeatureMatrix:
         factors_N: What rows are multiplied with, float64, or None.
 
     Raises:
-        NumericsError, ShapeError: The parts do not fit together, as in ``dequantize``.
+        NumericsError: The codes have a dtype that no stored form has.
+        ShapeError: The parts do not fit together.
     """
 
     codes_NC: NDArray[Any] | None
@@ -109,10 +111,14 @@ class FeatureMatrix:
         return products_NU if self.factors_N is None else products_NU * self.factors_N[:, None]
 
     def squares(self) -> Float64Array:
-        """Return the squared length of every row, float64 [N], factors left out."""
+        """Return the squared length of every row, float64 [N], factors left out.
+
+        Of signs it is the length of what they were taken of, as far as they know it: restored signs are longer, by
+        pi / 2 in the square, for their products to be the vector's own.
+        """
         squares_N = np.zeros(self.shape[0])
         if self.sign_bits is not None:
-            squares_N += self.dim
+            squares_N += self.dim * 2 / math.pi
         else:
             for rows, _, block in self._blocks():
                 squares_N[rows] += np.einsum("nd,nd->n", block, block)

@@ -18,7 +18,7 @@ INT8_LIMIT = 127
 """Codes are symmetric; -128 is not used."""
 
 _NUM_ROWS_NAMED = 10
-_CODE_TYPES = ("float32", "float16", "int8", "uint8")
+_CODE_TYPES = ("float64", "float32", "float16", "int8", "uint8")
 
 Float32Array = NDArray[np.float32]
 
@@ -73,8 +73,6 @@ def dequantize(codes_NC: NDArray[Any], scales_N: Float32Array | None, dim: int) 
         NumericsError: The codes have a dtype that no stored form has.
         ShapeError: Codes, scales and ``dim`` do not fit together.
     """
-    if codes_NC.dtype.name not in _CODE_TYPES:
-        raise NumericsError(f"codes are {codes_NC.dtype}; expected one of {', '.join(_CODE_TYPES)}")
     check_codes(codes_NC, scales_N, dim)
     if scales_N is None:
         return codes_NC.astype(np.float32, copy=False)
@@ -107,7 +105,14 @@ def _to_bits(features_ND: Float32Array) -> tuple[NDArray[np.uint8], Float32Array
 
 
 def check_codes(codes_NC: NDArray[Any], scales_N: Float32Array | None, dim: int) -> None:
-    """Raise ShapeError where codes, scales and ``dim`` do not fit together."""
+    """Check codes of any stored form; float64 passes too.
+
+    Raises:
+        NumericsError: The codes have a dtype that no stored form has.
+        ShapeError: Codes, scales and ``dim`` do not fit together.
+    """
+    if codes_NC.dtype.name not in _CODE_TYPES:
+        raise NumericsError(f"codes are {codes_NC.dtype}; expected one of {', '.join(_CODE_TYPES)}")
     num_codes = -(-dim // 8) if codes_NC.dtype == np.uint8 else dim
     if codes_NC.ndim != 2 or codes_NC.shape[1] != num_codes:
         raise ShapeError(f"codes have shape {codes_NC.shape}; expected [N, {num_codes}] for {dim} features")

@@ -74,7 +74,10 @@ class DiversityGate(TellingGate):
         if self._signs is None:
             self._signs, self._filter = vectors.dim, CosineFilter(self._max_cosine, SignCosines(vectors.dim))
         assert vectors.scales_N is not None
-        return sign_rows(bits_NC, vectors.scales_N, None if vectors.exact_NE is None else vectors.last_N)
+        if vectors.exact_NE is None:
+            return sign_rows(bits_NC, vectors.scales_N, None)
+        assert vectors.exact_NE.shape[1] == 1  # what a deflated projection keeps
+        return sign_rows(bits_NC, vectors.scales_N, vectors.last_N)
 
     def admits(self, position: int) -> bool:
         """Whether the row has a vector that is unlike those taken."""

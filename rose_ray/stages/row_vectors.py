@@ -78,8 +78,8 @@ def vector_reader(workspace: Workspace, pool: Manifest, scores: Scores, source: 
     return read_all
 
 
-_ROW_BYTES = 1 << 16
-"""What a restored vector of 16,384 numbers takes."""
+_ROW_BYTES = 1 << 14
+"""What a vector takes as it is read: 4,096 numbers of a state, 8,192 of a feature in float16; signs take less."""
 
 
 def _values(table: pa.Table) -> FeatureMatrix:

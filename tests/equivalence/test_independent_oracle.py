@@ -31,7 +31,7 @@ ROUNDING = 5e-5
 where the second moment is tiny."""
 
 LEAST_SPEARMAN = 0.95
-"""With the default sketch: 8192 dimensions for some 28,672 parameters."""
+"""With the default sketch: signs of 16,384 numbers for some 28,672 parameters."""
 
 NUM_ROWS = 60
 SHOTS = 2

@@ -9,7 +9,7 @@ import pytest
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.validate import validate_job
-from rose_ray.errors import PairError
+from rose_ray.errors import ConfigError, PairError
 from tests.tiny import make_pool_rows, write_jsonl
 from tests.unit.stages.diagnose.stored_job import pair_record
 
@@ -79,3 +79,16 @@ def test_features_wider_than_the_adapter_are_said(
     assert bool(told) == is_told
     for line in told:
         assert line.startswith("gradients.projection.dim is 16,384, but the adapter has ")
+
+
+def test_rows_are_not_compared_by_signs_of_nothing(tmp_path: Path, base_folder: str) -> None:
+    def lines(selection: dict[str, Any], **gradients: Any) -> list[str]:
+        settings = {"gradients": gradients, "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+        return lines_of(tmp_path, base_folder, prompt="Why?", settings=settings, selection=selection)
+
+    by_gradients = {"diversity": {"max_cosine": 0.9, "vectors": "gradients"}}
+    with pytest.raises(ConfigError, match=r"^t: selection.diversity cannot compare rows by gradients. gradients.proj"):
+        lines(by_gradients)
+    for gradients in ({"stored_dtype": "int8"}, {"projection": {"dim": 16}}, {"projection": {"kind": "none"}}):
+        assert lines(by_gradients, **gradients)[-1] == "valid"
+    assert lines({"diversity": {"max_cosine": 0.9}})[-1] == "valid"

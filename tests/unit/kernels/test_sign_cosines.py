@@ -26,11 +26,11 @@ def made(num_rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     bits, scales = quantize(features, "bit1")
     assert scales is not None
     rows, good = sign_rows(bits, scales, shared)
-    assert good.all() and rows.dtype == np.uint8 and rows.shape == (num_rows, -(-dim // 8) + 4)
+    assert good.all() and rows.dtype == np.uint64 and rows.shape == (num_rows, -(-dim // 64) + 1)
     return features, shared, rows
 
 
-@pytest.mark.parametrize("dim", [1, 7, 8, 100])
+@pytest.mark.parametrize("dim", [1, 7, 8, 64, 100, 130])
 def test_both_ways_equal_counted_bits(dim: int) -> None:
     features, shared, rows = made(13, dim)
     cosines = SignCosines(dim)
@@ -101,9 +101,8 @@ def test_rows_without_a_direction() -> None:
 
 
 def test_what_is_refused() -> None:
-    for dim in (0, 2**24):
-        with pytest.raises(ShapeError, match=f"{dim} signs a row"):
-            SignCosines(dim)
+    with pytest.raises(ShapeError, match="0 signs a row"):
+        SignCosines(0)
     bits, scales = quantize(np.ones((1, 8), np.float32), "bit1")
     assert scales is not None
     for bad in (1.5, np.nan):

@@ -130,7 +130,7 @@ def test_of_signs_the_angle_is_compared_beside_the_shared_part() -> None:
     told = {order[row]: Refused("too_similar", order[match]) for row, match in refused.items() if row < last}
     assert {place: gate.refused[place] for place in told} == told
     held = next(iter(gate._filter._chunks))
-    assert held.dtype == np.uint8 and held.shape[1] == 400 // 8 + 4
+    assert held.dtype == np.uint64 and held.shape[1] == -(-400 // 64) + 1
 
 
 def test_vectors_in_memory_are_no_more_than_the_budget_buys() -> None:
