@@ -88,19 +88,29 @@ class FeatureMatrix:
         features_ND: NDArray[np.floating] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return features_ND if self.factors_N is None else features_ND * self.factors_N[:, None]
 
-    def products(self, directions_UD: NDArray[Any]) -> Float64Array:
+    def products(self, *directions: NDArray[Any]) -> list[Float64Array]:
         """Return inner products with directions [U, D + E], float64 [N, U], added up in float64.
+
+        Several matrices of directions share the way from codes to float64; each gets the bits that it gets alone.
 
         Raises:
             ShapeError: A direction has another width.
         """
         num_rows, width = self.shape
-        if directions_UD.ndim != 2 or directions_UD.shape[1] != width:
-            raise ShapeError(f"directions have shape {directions_UD.shape}; expected [U, {width}]")
-        vectors_UD = directions_UD.astype(np.float64, copy=False)
-        products_NU = np.zeros((num_rows, len(vectors_UD)))
+        for directions_UD in directions:
+            if directions_UD.ndim != 2 or directions_UD.shape[1] != width:
+                raise ShapeError(f"directions have shape {directions_UD.shape}; expected [U, {width}]")
+        vectors = [directions_UD.astype(np.float64, copy=False) for directions_UD in directions]
+        made = [np.zeros((num_rows, len(vectors_UD))) for vectors_UD in vectors]
         for rows, features, block in self._blocks():
-            products_NU[rows] += block @ vectors_UD[:, features].T
+            for products_NU, vectors_UD in zip(made, vectors, strict=True):
+                products_NU[rows] += block @ vectors_UD[:, features].T
+        for products_NU, vectors_UD in zip(made, vectors, strict=True):
+            self._finish(products_NU, vectors_UD)
+        return made
+
+    def _finish(self, products_NU: Float64Array, vectors_UD: Float64Array) -> None:
+        """Scale sums over codes, and add exact numbers."""
         if self.sign_bits is not None:  # bits are 0 and 1, and stand for -1 and 1
             products_NU *= 2
             products_NU -= vectors_UD[:, : self.dim].sum(axis=1)
@@ -108,7 +118,8 @@ class FeatureMatrix:
             products_NU *= self.scales_N[:, None]
         if self.exact_NE is not None:
             products_NU += self.exact_NE.astype(np.float64) @ vectors_UD[:, self.dim :].T
-        return products_NU if self.factors_N is None else products_NU * self.factors_N[:, None]
+        if self.factors_N is not None:
+            products_NU *= self.factors_N[:, None]
 
     def squares(self) -> Float64Array:
         """Return the squared length of every row, float64 [N], factors left out.

@@ -24,7 +24,7 @@ def influence(features_ND: NDArray[Any] | FeatureMatrix, directions_UD: NDArray[
 
     Args:
         features_ND: Features of one checkpoint, float16, float32 or float64, or as they are stored.
-        directions_UD: Directions of the same checkpoint, likewise.
+        directions_UD: Directions of the same checkpoint, floats.
 
     Returns:
         Array [N, U], float64. Positive where training on the row helps.
@@ -34,17 +34,31 @@ def influence(features_ND: NDArray[Any] | FeatureMatrix, directions_UD: NDArray[
         NumericsError: An array holds no floating-point numbers; stored integers need their scale first.
         NonFiniteError: A result is NaN or infinite; the message lists rows and directions.
     """
-    if len(features_ND.shape) != 2 or directions_UD.ndim != 2 or features_ND.shape[1] != directions_UD.shape[1]:
-        raise ShapeError(
-            f"features have shape {features_ND.shape} and directions {directions_UD.shape}; "
-            "expected [N, D] and [U, D] with one D"
-        )
+    return influences(features_ND, [directions_UD])[0]
+
+
+def influences(
+    features_ND: NDArray[Any] | FeatureMatrix, directions: Sequence[NDArray[Any]]
+) -> list[NDArray[np.float64]]:
+    """Return `influence` for several matrices of directions, bit for bit, in one pass over the features."""
+    for directions_UD in directions:
+        if len(features_ND.shape) != 2 or directions_UD.ndim != 2 or features_ND.shape[1] != directions_UD.shape[1]:
+            raise ShapeError(
+                f"features have shape {features_ND.shape} and directions {directions_UD.shape}; "
+                "expected [N, D] and [U, D] with one D"
+            )
+        _require_floats("directions", directions_UD)
     if isinstance(features_ND, np.ndarray):
         _require_floats("features", features_ND)
         features_ND = FeatureMatrix(features_ND, None, features_ND.shape[1])
-    _require_floats("directions", directions_UD)
     with np.errstate(invalid="ignore"):  # a row or a scale that is not finite is named below
-        influences_NU = features_ND.products(directions_UD)
+        found = features_ND.products(*directions)
+    for influences_NU in found:
+        _check_finite(influences_NU)
+    return found
+
+
+def _check_finite(influences_NU: NDArray[np.float64]) -> None:
     finite_NU = np.isfinite(influences_NU)
     if not finite_NU.all():
         rows = np.flatnonzero(~finite_NU.all(axis=1))
@@ -53,7 +67,6 @@ def influence(features_ND: NDArray[Any] | FeatureMatrix, directions_UD: NDArray[
             f"influence is not finite in {len(rows)} rows (first {rows[:10].tolist()}) and {len(columns)} "
             f"directions (first {columns[:10].tolist()}); expected finite features and directions"
         )
-    return influences_NU
 
 
 def _require_floats(name: str, array: NDArray[Any]) -> None:

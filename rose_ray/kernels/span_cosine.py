@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rose_ray.errors import ConfigError, NonFiniteError, ShapeError
-from rose_ray.kernels.feature_matrix import FeatureMatrix
 from rose_ray.kernels.influence import influence
 
 Floats = NDArray[np.float64]
@@ -55,14 +54,14 @@ def gradient_subspace(directions_VD: NDArray[Any], rank: int | None = None) -> F
     return np.ascontiguousarray(rows_KD[:wanted])
 
 
-def span_cosines(features_ND: NDArray[Any] | FeatureMatrix, directions_VD: NDArray[Any], basis_KD: Floats) -> Floats:
+def span_cosines(rows_NK: Floats, directions_VD: NDArray[Any], basis_KD: Floats) -> Floats:
     """Cosine of every row with every pair, both cut down to the subspace.
 
     The length that a row has outside the subspace drops out, so with K = 1 every cosine is +1 or -1. A row with
     less inside than ``MIN_LENGTH_INSIDE``, or a pair with nothing, has cosine 0.
 
     Args:
-        features_ND: Rows over their exact length, float16, float32 or float64, or as they are stored.
+        rows_NK: Products of the rows, over their exact length, with the subspace's.
         directions_VD: Pairs, of any length.
         basis_KD: From :func:`gradient_subspace`.
 
@@ -72,7 +71,8 @@ def span_cosines(features_ND: NDArray[Any] | FeatureMatrix, directions_VD: NDArr
     Raises:
         ShapeError, NumericsError, NonFiniteError: As in :func:`rose_ray.kernels.influence.influence`.
     """
-    rows_NK = influence(features_ND, basis_KD)
+    if rows_NK.ndim != 2 or rows_NK.shape[1] != len(basis_KD):
+        raise ShapeError(f"products have shape {rows_NK.shape}; expected [N, {len(basis_KD)}]")
     pairs_VK = influence(np.asarray(directions_VD, dtype=np.float64), basis_KD)
     reach_V = np.linalg.norm(directions_VD, axis=1)
     return _units(rows_NK, np.ones(len(rows_NK))) @ _units(pairs_VK, reach_V).T

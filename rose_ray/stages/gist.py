@@ -31,6 +31,7 @@ class SpanScorer:
     Attributes:
         subtasks: Names, in the order of their columns.
         pairs: Ids of the pairs that have a column.
+        vectors: What features are multiplied with, [K, D] for each checkpoint.
 
     Raises:
         ConfigError: The subspace would have one dimension, or more than the directions span.
@@ -49,22 +50,22 @@ class SpanScorer:
         self.subtasks = list(subtask_order(self._subtask_of_V))
         self.pairs = self._names if target.scores_pairs else []
         self._weights = checkpoint_weights(mean_learning_rates)
-        self._vectors = [each.vectors_UD for each in directions]
-        self._bases = [gradient_subspace(vectors_VD, rank) for vectors_VD in self._vectors]
-        if any(len(basis_KD) == 1 for basis_KD in self._bases):
+        self._pairs = [each.vectors_UD for each in directions]
+        self.vectors = [gradient_subspace(vectors_VD, rank) for vectors_VD in self._pairs]
+        if any(len(basis_KD) == 1 for basis_KD in self.vectors):
             raise ConfigError(
                 f"target {target.name}: gist compares rows inside the span of {len(self._names)} pairs, which has one "
                 "dimension, where every score is +1 or -1. Give pairs whose gradients differ, a rank of at least 2, or "
                 "use method: rose."
             )
 
-    def score(self, rows: ScorableRows) -> pa.Table:
+    def score(self, rows: ScorableRows, products: Sequence[np.ndarray]) -> pa.Table:
         """See `RowScorer`."""
         scores_NV = np.zeros((rows.table.num_rows, len(self._names)))
-        for weight, features, vectors_VD, basis_KD in zip(
-            self._weights, rows.features, self._vectors, self._bases, strict=True
+        for weight, rows_NK, vectors_VD, basis_KD in zip(
+            self._weights, products, self._pairs, self.vectors, strict=True
         ):
-            scores_NV += weight * span_cosines(features, vectors_VD, basis_KD)
+            scores_NV += weight * span_cosines(rows_NK, vectors_VD, basis_KD)
         subtask_NT = aggregate_subtasks(scores_NV, self._subtask_of_V)
         return score_rows(
             rows,

@@ -22,7 +22,7 @@ from rose_ray.config.target import Normalization, TargetConfig
 from rose_ray.errors import AccountingError, AlteredFileError, NonFiniteError, SpaceMismatchError
 from rose_ray.kernels.aggregation import ScoreMode, aggregate_scores, aggregate_subtasks, subtask_order
 from rose_ray.kernels.feature_matrix import FeatureMatrix
-from rose_ray.kernels.influence import checkpoint_weights, influence
+from rose_ray.kernels.influence import checkpoint_weights, influence, influences
 from rose_ray.kernels.objectives import Directions, PairGradients, bank_directions
 from rose_ray.schemas import FEATURE_REJECTED, scores_schema
 from rose_ray.stages.score_table import ScoreTable
@@ -110,6 +110,7 @@ class TargetScorer:
     Attributes:
         subtasks: Names, in the order of their columns.
         pairs: Ids of the pairs that have a column.
+        vectors: What features are multiplied with, [U, D] for each checkpoint: subtasks, then pairs.
     """
 
     def __init__(self, banks: Sequence[pa.Table], mean_learning_rates: Sequence[float], target: TargetConfig) -> None:
@@ -118,18 +119,17 @@ class TargetScorer:
         self.subtasks = list(subtask_order(directions[0].subtasks))
         self.pairs = list(directions[0].names) if target.scores_pairs else []
         weights = checkpoint_weights(mean_learning_rates)
-        # Subtasks first, then pairs: a row meets them in one product.
-        self._vectors_UD = [
+        # A row meets subtasks and pairs in one product.
+        self.vectors = [
             weight
             * np.vstack([aggregate_subtasks(each.vectors_UD.T, each.subtasks).T, each.vectors_UD[: len(self.pairs)]])
             for weight, each in zip(weights, directions, strict=True)
         ]
 
-    def score(self, rows: ScorableRows) -> pa.Table:
+    def score(self, rows: ScorableRows, products: Sequence[np.ndarray]) -> pa.Table:
         """See `RowScorer`."""
         scores_NU = np.zeros((rows.table.num_rows, len(self.subtasks) + len(self.pairs)))
-        for table, features, vectors_UD in zip(rows.tables, rows.features, self._vectors_UD, strict=True):
-            products_NU = influence(features, vectors_UD)
+        for table, features, products_NU in zip(rows.tables, rows.features, products, strict=True):
             scales_N = row_scales(table, features, self.normalize)
             with np.errstate(invalid="ignore"):  # `_check_finite` names the rows
                 scores_NU += products_NU if scales_N is None else products_NU * scales_N[:, None]
@@ -178,13 +178,20 @@ class RowScorer(Protocol):
     Attributes:
         subtasks: Names, in the order of their columns.
         pairs: Ids of the pairs that have a column.
+        vectors: What features are multiplied with, [U, D] for each checkpoint.
     """
 
     subtasks: list[str]
     pairs: list[str]
+    vectors: list[np.ndarray]
 
-    def score(self, rows: ScorableRows) -> pa.Table:
-        """Return the rows' part of the score table, schema ``scores_schema``, ranks left 0."""
+    def score(self, rows: ScorableRows, products: Sequence[np.ndarray]) -> pa.Table:
+        """Return the rows' part of the score table, schema ``scores_schema``, ranks left 0.
+
+        Args:
+            rows: Rows that can be scored.
+            products: Of their features, as stored, with ``vectors``, [N, U] for each checkpoint.
+        """
         ...
 
 
@@ -221,8 +228,12 @@ def score_shards(shards: Iterable[ShardRows], scorers: Sequence[RowScorer], tabl
     """
     for shard in shards:
         rows = scorable_rows(shard)
-        for scorer, table in zip(scorers, tables, strict=True):
-            table.add(scorer.score(rows), rows.rejected, len(shard.row_ids))
+        products = [
+            influences(features, [scorer.vectors[place] for scorer in scorers])
+            for place, features in enumerate(rows.features)
+        ]
+        for scorer, table, own in zip(scorers, tables, zip(*products, strict=True), strict=True):
+            table.add(scorer.score(rows, own), rows.rejected, len(shard.row_ids))
 
 
 def scorable_rows(shard: ShardRows) -> ScorableRows:

@@ -11,7 +11,7 @@ import pytest
 import rose_ray.kernels.feature_matrix as module
 from rose_ray.errors import NonFiniteError, NumericsError, ShapeError
 from rose_ray.kernels.feature_matrix import FeatureMatrix
-from rose_ray.kernels.influence import influence
+from rose_ray.kernels.influence import influence, influences
 from rose_ray.kernels.quantization import StoredType, dequantize, quantize
 
 FLOAT64_ROUNDING = 1e-12
@@ -80,7 +80,8 @@ def test_factors_scale_rows(stored: StoredType) -> None:
     factors_N = np.linspace(0.5, 2, 11)
     scaled = matrix.times(factors_N)
     directions_UD = np.random.default_rng(4).standard_normal((3, numbers.shape[1]))
-    np.testing.assert_allclose(scaled.products(directions_UD), matrix.products(directions_UD) * factors_N[:, None])
+    (ours,), (plain,) = scaled.products(directions_UD), matrix.products(directions_UD)
+    np.testing.assert_allclose(ours, plain * factors_N[:, None])
     np.testing.assert_allclose(scaled.restored(), matrix.restored() * factors_N[:, None])
     assert scaled.times(None).factors_N is None
 
@@ -97,7 +98,7 @@ def test_exact_numbers_alone() -> None:
     exact_NE = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     matrix = FeatureMatrix(None, None, 0, exact_NE)
     assert matrix.shape == (2, 2) and np.array_equal(matrix.restored(), exact_NE)
-    assert matrix.products(np.array([[1.0, -1.0]])).tolist() == [[-1.0], [-1.0]]
+    assert matrix.products(np.array([[1.0, -1.0]]))[0].tolist() == [[-1.0], [-1.0]]
     assert matrix.squares().tolist() == [5.0, 25.0] and matrix.last_N.tolist() == [2.0, 4.0]
 
 
@@ -108,8 +109,17 @@ def test_a_row_s_products_depend_on_no_other_row(stored: StoredType) -> None:
     directions_UD = np.random.default_rng(4).standard_normal((5, numbers.shape[1]))
     scale = None if matrix.scales_N is None else matrix.scales_N[7:8]
     alone = FeatureMatrix(matrix.codes_NC[7:8], scale, matrix.dim, matrix.exact_NE[7:8])
-    whole = matrix.products(directions_UD)[7]
-    np.testing.assert_allclose(alone.products(directions_UD)[0], whole, rtol=0, atol=FLOAT64_ROUNDING)
+    whole = matrix.products(directions_UD)[0][7]
+    np.testing.assert_allclose(alone.products(directions_UD)[0][0], whole, rtol=0, atol=FLOAT64_ROUNDING)
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_several_directions_at_once_get_the_bits_that_they_get_alone(stored: StoredType) -> None:
+    matrix, numbers = _made(stored, rows=600, dim=1100)
+    random = np.random.default_rng(4)
+    several = [random.standard_normal((number, numbers.shape[1])) for number in (1, 18, 4)]
+    for together, directions_UD in zip(influences(matrix, several), several, strict=True):
+        assert np.array_equal(together, influence(matrix, directions_UD))
 
 
 @pytest.mark.parametrize("stored", ["int8", "bit1"])

@@ -19,9 +19,11 @@ from rose_ray.errors import (
     NonFiniteError,
     SpaceMismatchError,
 )
+from rose_ray.kernels.influence import influence
 from rose_ray.schemas import FEATURE_REJECTED, bank_schema, features_schema, scores_schema
 from rose_ray.stages.gist import SpanScorer
 from rose_ray.stages.score import (
+    ScorableRows,
     ShardRows,
     TargetScorer,
     check_same_space,
@@ -128,6 +130,11 @@ def _directions() -> list[np.ndarray]:
     return [rejected - chosen for rejected, chosen in sides]
 
 
+def _span_scores(rows: ScorableRows, **settings: Any) -> pa.Table:
+    scorer = SpanScorer(BANKS, RATES, _target(**settings))
+    return scorer.score(rows, [influence(*each) for each in zip(rows.features, scorer.vectors, strict=True)])
+
+
 def test_pairs_have_columns_where_they_are_to_take_turns() -> None:
     settings = {"selection": {"count": 1, "method": "round_robin_pairs"}}
     table = _scored(_shard("s0", ["u", "v"]), _shard("s1", ["w"]), **settings)
@@ -145,7 +152,7 @@ def test_pairs_have_columns_where_they_are_to_take_turns() -> None:
 def test_gist_compares_inside_the_span_of_the_pairs() -> None:
     settings: dict[str, Any] = {"selection": {"count": 1, "method": "round_robin_pairs"}}
     rows = scorable_rows(_shard("s0", ["u", "v", "w"]))
-    table = SpanScorer(BANKS, RATES, _target(**settings)).score(rows)
+    table = _span_scores(rows, **settings)
     expected = np.zeros((3, 3))
     for weight, seed, directions in zip([0.75, 0.25], (1, 2), _directions(), strict=True):
         span, _ = np.linalg.qr(directions.T)
@@ -158,7 +165,7 @@ def test_gist_compares_inside_the_span_of_the_pairs() -> None:
     subtasks = np.stack([(expected[:, 0] + expected[:, 2]) / 2, expected[:, 1]], axis=1)
     np.testing.assert_allclose(table["subtask_b"].to_numpy(), subtasks[:, 0], atol=FLOAT32)
     np.testing.assert_allclose(table["score"].to_numpy(), subtasks.max(axis=1), atol=FLOAT32)
-    without = SpanScorer(BANKS, RATES, _target()).score(rows)
+    without = _span_scores(rows)
     assert without.schema.equals(scores_schema(["b", "a"]), check_metadata=True)
     assert without["score"].equals(table["score"])
 
