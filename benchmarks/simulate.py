@@ -44,7 +44,8 @@ class Job:
         warmup_fraction, warmup_epochs, warmup_gpus: The warm-up's rows, passes and GPUs. A training step is taken to
             cost what scoring does.
         num_pairs: Of all targets; two passes each at every checkpoint, on one GPU.
-        reduced_rows: A second, at D 8192, in int8: ``benchmarks/reduce.py --part wide`` has 2,200 on a CPU of 2017.
+        reduced_rows: A second, of signs of 16,384 numbers: ``benchmarks/reduce.py --part wide`` has 5,600 on an AMD
+            EPYC of 2021.
     """
 
     rows: int = 1_000_000
@@ -54,7 +55,7 @@ class Job:
     warmup_epochs: int = 4
     warmup_gpus: int = 8
     num_pairs: int = 90
-    reduced_rows: float = 2_500.0
+    reduced_rows: float = 5_500.0
 
 
 @dataclass(frozen=True)
