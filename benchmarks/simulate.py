@@ -44,8 +44,8 @@ class Job:
         warmup_fraction, warmup_epochs, warmup_gpus: The warm-up's rows, passes and GPUs. A training step is taken to
             cost what scoring does.
         num_pairs: Of all targets; two passes each at every checkpoint, on one GPU.
-        reduced_rows: A second, of signs of 16,384 numbers: ``benchmarks/reduce.py --part wide`` has 5,600 on an AMD
-            EPYC of 2021.
+        reduced_rows: A second, of signs of 16,384 numbers, on an AMD EPYC of 2021: ``benchmarks/reduce.py --part wide``
+            had 5,600 to 5,900 alone; its kept table, with another benchmark beside, has 4,600.
     """
 
     rows: int = 1_000_000

@@ -7,7 +7,7 @@ import pytest
 
 from rose_ray.errors import ConfigError, NonFiniteError, ShapeError
 from rose_ray.kernels import diversity
-from rose_ray.kernels.diversity import CosineFilter, unit_vectors
+from rose_ray.kernels.diversity import CosineFilter, Cosines, unit_vectors
 from tests.oracles import greedy_diverse_rows
 
 
@@ -23,9 +23,11 @@ def bunches(seed: int, num_rows: int = 120, dim: int = 6) -> np.ndarray:
     return unit_vectors(rows)[0]
 
 
-def walk(rows: np.ndarray, max_cosine: float, ahead: int) -> tuple[list[int], dict[int, int]]:
+def walk(
+    rows: np.ndarray, max_cosine: float, ahead: int, cosines: Cosines | None = None
+) -> tuple[list[int], dict[int, int]]:
     """Ask about rows in order, `ahead` of them waiting at a time."""
-    chosen = CosineFilter(max_cosine)
+    chosen = CosineFilter(max_cosine, cosines)
     kept: list[int] = []
     refused: dict[int, int] = {}
     for start in range(0, len(rows), ahead):

@@ -13,6 +13,7 @@ from rose_ray.kernels.diversity import CosineFilter
 from rose_ray.kernels.quantization import quantize
 from rose_ray.kernels.sign_cosines import SignCosines, sign_rows
 from tests.oracles import greedy_diverse_rows, sign_cosine
+from tests.unit.kernels.test_diversity import walk
 
 FLOAT64_ROUNDING = 1e-12
 
@@ -66,19 +67,7 @@ def test_the_filter_against_all_pairs(monkeypatch: pytest.MonkeyPatch, max_cosin
         features, shared, rows = made(60, 64, seed)
         pairs = list(zip(features, shared.tolist(), strict=True))
         expected = greedy_diverse_rows(pairs, max_cosine, lambda a, b: sign_cosine(a[0], b[0], (a[1], b[1])))
-        chosen = CosineFilter(max_cosine, SignCosines(64))
-        kept: list[int] = []
-        refused: dict[int, int] = {}
-        for place, row in enumerate(rows):
-            chosen.add(place, row)
-        for place in range(60):
-            match = chosen.find(place)
-            if match is None:
-                chosen.keep(place)
-                kept.append(place)
-            else:
-                chosen.drop(place)
-                refused[place] = match
+        kept, refused = walk(rows, max_cosine, 60, SignCosines(64))
         assert (kept, refused) == expected and len(kept) > 3 and len(refused) > 3
 
 
