@@ -109,9 +109,10 @@ class Variant:
 
 
 @functools.lru_cache(maxsize=4)
-def shared_model(setting: Setting, dtype: torch.dtype, adapter: torch.dtype) -> nn.Module:
+def shared_model(setting: Setting, dtype: torch.dtype, adapter: torch.dtype, short_rows: bool) -> nn.Module:
     """One model for all variants of these types: a large one fits a device once or twice, not twenty times."""
-    return make_model(SIZES[setting.size], setting.rank, dtype, adapter=adapter, device=setting.device)
+    size = SIZES[setting.size]
+    return make_model(size, setting.rank, dtype, adapter=adapter, device=setting.device, short_rows=short_rows)
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,8 +131,8 @@ def free_all() -> None:
 
 
 def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
-    """A training step's passes; its adapter is float32, as PEFT trains it."""
-    model = shared_model(setting, dtype, torch.float32)
+    """A training step's passes, its adapter float32, as PEFT trains it; label-only, with the engine's attention."""
+    model = shared_model(setting, dtype, torch.float32, label_only and _has_short_rows(setting, dtype))
     batches = setting.batches()
     step = label_only_step if label_only else full_logits_step
     return lambda: step(model, batches)
@@ -139,7 +140,7 @@ def plain(setting: Setting, dtype: torch.dtype, *, label_only: bool) -> Pass:
 
 def engine(setting: Setting, variant: Variant) -> Pass:
     """This project's pass: one forward and one backward, Adam and projection on the way."""
-    module = shared_model(setting, variant.dtype, variant.dtype)
+    module = _scored_model(setting, variant.dtype)
     layout = layout_of(module)
     batches = setting.batches()
     if variant.projection == "dropped":
@@ -160,6 +161,14 @@ def engine(setting: Setting, variant: Variant) -> Pass:
                 batch_directions(model, batch, moments, layout, projections, settings)
 
     return once
+
+
+def _scored_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
+    return shared_model(setting, dtype, dtype, _has_short_rows(setting, dtype))
+
+
+def _has_short_rows(setting: Setting, dtype: torch.dtype) -> bool:
+    return setting.device == "cpu" and dtype == torch.bfloat16
 
 
 def _projections(variant: Variant, layout: ParameterLayout, moments: AdamMoments, device: str) -> list[Projection]:
@@ -196,7 +205,7 @@ def compared(
     room = ROOM * (meter.peak_bytes(passes[BASELINE]) - meter.peak_bytes(lambda: None))
     left_out = []
     for variant in variants:
-        module = shared_model(setting, variant.dtype, variant.dtype)
+        module = _scored_model(setting, variant.dtype)
         held = variant.basis_bytes(layout_of(module).num_parameters)
         free = meter.available_bytes() - meter.peak_bytes(lambda: None)
         if held and held + room > free:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from rose_ray.data.chat import ChatTemplate
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.data.tokenize import Sample, Tokeniser
+from rose_ray.model.attention import attend_short_rows
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import layout_of
 
@@ -43,7 +44,9 @@ SIZES = {
 }
 
 
-def make_model(size: Size, rank: int, dtype: torch.dtype, *, adapter: torch.dtype, device: str = "cpu") -> nn.Module:
+def make_model(
+    size: Size, rank: int, dtype: torch.dtype, *, adapter: torch.dtype, device: str = "cpu", short_rows: bool = False
+) -> nn.Module:
     """Return a PEFT model of random weights, its B matrices not zero; the same weights for the same arguments.
 
     Args:
@@ -52,6 +55,7 @@ def make_model(size: Size, rank: int, dtype: torch.dtype, *, adapter: torch.dtyp
         dtype: Of the base.
         adapter: Of the adapter: float32 as PEFT trains it, or the base's as it is scored.
         device: Where it is made.
+        short_rows: Short rows' attention as jobs run it in bfloat16 on a CPU, instead of transformers' own.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -67,6 +71,8 @@ def make_model(size: Size, rank: int, dtype: torch.dtype, *, adapter: torch.dtyp
     with torch.device(device):
         base: Any = LlamaForCausalLM(config)
         base = base.to(dtype)
+    if short_rows:
+        attend_short_rows(base)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     model: nn.Module = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():

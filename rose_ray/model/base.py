@@ -17,6 +17,7 @@ from torch import nn
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ModelError
+from rose_ray.model.attention import attend_short_rows
 from rose_ray.model.tokenizer import resolve_base
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=model.attention,
+                attn_implementation="sdpa" if model.attention == "auto" else model.attention,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,  # pickles run code
                 output_loading_info=True,
@@ -77,6 +78,8 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
             )
             pretrained, report = loaded
             _check_loaded(model, report)
+            if model.attention == "auto" and device != "cuda" and dtype == torch.bfloat16:
+                attend_short_rows(pretrained)
             if device is None:
                 base = pretrained
             else:
