@@ -45,8 +45,8 @@ class ModelConfig(Strict):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="Attention kernel. auto is sdpa, but in bfloat16 on a CPU rows of up to 256 tokens go through "
-        "matrix products, which are faster there.",
+        description="Attention kernel. auto is sdpa, but in bfloat16 on a CPU that multiplies it (AVX-512 BF16, "
+        "AMX) rows of up to 256 tokens go through matrix products, which are faster there.",
     )
     quantized: Literal["none", "nf4"] = Field(
         "none", description="nf4 holds the base's linear layers in 4 bits (bitsandbytes); adapters stay whole."

@@ -1,4 +1,4 @@
-"""Causal attention of short rows by matrix products, for bfloat16 on a CPU.
+"""Causal attention of short rows by matrix products, for bfloat16 on a CPU that multiplies it.
 
 Shapes: B batch, H heads, S tokens, K numbers of a head's query and key, V numbers of its value, N = B * H.
 """

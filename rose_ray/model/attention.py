@@ -16,10 +16,20 @@ _ALTERING = ("position_bias", "softcap", "s_aux", "cache")
 """What some models hand to their attention, and the products here do not know."""
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this machine's processor multiplies bfloat16 matrices: AVX-512 BF16 or AMX.
+
+    Without, torch's products of bfloat16 take twice as long as its fused attention.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def attend_short_rows(base: nn.Module) -> None:
     """Let a model of transformers run causal rows of up to 256 bfloat16 tokens on a CPU by matrix products.
 
-    All else goes to the fused operator (``sdpa``) as before. A model whose code has attention of its own keeps it.
+    All else goes to the fused operator (``sdpa``) as before. Nothing changes on a processor without bfloat16 products,
+    and a model whose code has attention of its own keeps it.
 
     Args:
         base: Loaded with ``sdpa``. Changed in place.
@@ -27,6 +37,8 @@ def attend_short_rows(base: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    if not has_bfloat16_products():
+        return
     if base.config._attn_implementation != "sdpa" or not base._can_set_attn_implementation():  # type: ignore[union-attr, operator]
         return
     AttentionInterface.register(SHORT_ROWS, _short_rows)

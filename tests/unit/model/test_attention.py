@@ -22,6 +22,12 @@ def _load(base: str, dtype: str = "bfloat16", **settings: Any) -> Any:
     return load_base(ModelConfig(base=base, dtype=dtype, **settings)).eval()  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs the same on a processor without bfloat16 products: slower, but right."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
 def _ids(rows: int, length: int) -> Tensor:
     return torch.randint(5, 300, (rows, length), generator=torch.Generator().manual_seed(0))
 
@@ -61,6 +67,14 @@ def test_only_bfloat16_on_a_cpu_is_touched(base_folder: str) -> None:
     for settings in ({"dtype": "float32"}, {"attention": "sdpa"}):
         assert _load(base_folder, **settings).config._attn_implementation == "sdpa"
     assert _load(base_folder, attention="eager").config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}])
+def test_a_processor_without_bfloat16_products_keeps_the_fused_operator(
+    capabilities: dict[str, bool], base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert _load(base_folder).config._attn_implementation == "sdpa"
 
 
 def test_all_other_rows_take_the_fused_operator(
