@@ -34,6 +34,7 @@ from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.direction_sums import KernelKind
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
+from rose_ray.model.attention import SHORT_ROWS, attention_that_runs
 from rose_ray.model.batch import Batch, pad_batch
 from rose_ray.model.layout import ParameterLayout, layout_of
 from rose_ray.model.memory import memory_meter
@@ -168,7 +169,7 @@ def _scored_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
 
 
 def _has_short_rows(setting: Setting, dtype: torch.dtype) -> bool:
-    return setting.device == "cpu" and dtype == torch.bfloat16
+    return attention_that_runs("auto", setting.device, dtype) == SHORT_ROWS
 
 
 def _projections(variant: Variant, layout: ParameterLayout, moments: AdamMoments, device: str) -> list[Projection]:

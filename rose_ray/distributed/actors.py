@@ -29,6 +29,7 @@ from rose_ray.distributed.spaces import SpaceSpec, basis_bytes, load_projections
 from rose_ray.distributed.tokens import cached_tokeniser
 from rose_ray.failpoints import die_at
 from rose_ray.kernels.projection import Projection
+from rose_ray.model.attention import attention_that_runs
 from rose_ray.model.checkpoint import Checkpoint, read_checkpoint
 from rose_ray.model.layout import ParameterLayout
 from rose_ray.model.memory import memory_meter
@@ -103,7 +104,7 @@ class ScoringSpec:
             "device": self.device,
             "ranks": self.ranks,
             "max_batch_tokens": self.max_batch_tokens,
-            "attention": self.model.attention,
+            "attention": attention_that_runs(self.model.attention, self.device, getattr(torch, self.model.dtype)),
             "loader": self.model.loader,
             "kernel": self.gradients.kernel,
             "packing": self.gradients.packing,

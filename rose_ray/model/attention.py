@@ -25,11 +25,23 @@ def has_bfloat16_products() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def attention_that_runs(attention: str, device: str | None, dtype: torch.dtype) -> str:
+    """Return what a setting of `model.attention` comes to on this machine: ``auto`` is `SHORT_ROWS` or ``sdpa``.
+
+    Args:
+        attention: The setting.
+        device: Where the model runs; None where DeepSpeed decides, since what is registered looks at the tensors.
+        dtype: Of its weights.
+    """
+    if attention != "auto":
+        return attention
+    return SHORT_ROWS if device != "cuda" and dtype == torch.bfloat16 and has_bfloat16_products() else "sdpa"
+
+
 def attend_short_rows(base: nn.Module) -> None:
     """Let a model of transformers run causal rows of up to 256 bfloat16 tokens on a CPU by matrix products.
 
-    All else goes to the fused operator (``sdpa``) as before. Nothing changes on a processor without bfloat16 products,
-    and a model whose code has attention of its own keeps it.
+    All else goes to the fused operator (``sdpa``) as before. A model whose code has attention of its own keeps it.
 
     Args:
         base: Loaded with ``sdpa``. Changed in place.
@@ -37,8 +49,6 @@ def attend_short_rows(base: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if not has_bfloat16_products():
-        return
     if base.config._attn_implementation != "sdpa" or not base._can_set_attn_implementation():  # type: ignore[union-attr, operator]
         return
     AttentionInterface.register(SHORT_ROWS, _short_rows)

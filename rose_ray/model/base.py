@@ -17,7 +17,7 @@ from torch import nn
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.errors import ModelError
-from rose_ray.model.attention import attend_short_rows
+from rose_ray.model.attention import SHORT_ROWS, attend_short_rows, attention_that_runs
 from rose_ray.model.tokenizer import resolve_base
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
             )
             pretrained, report = loaded
             _check_loaded(model, report)
-            if model.attention == "auto" and device != "cuda" and dtype == torch.bfloat16:
+            if attention_that_runs(model.attention, device, dtype) == SHORT_ROWS:
                 attend_short_rows(pretrained)
             if device is None:
                 base = pretrained

@@ -13,7 +13,7 @@ from torch import Tensor
 import rose_ray.model.attention as attention
 from rose_ray.config.model import ModelConfig
 from rose_ray.kernels.causal_attention import SHORT_ROW
-from rose_ray.model.attention import SHORT_ROWS
+from rose_ray.model.attention import SHORT_ROWS, attention_that_runs
 from rose_ray.model.base import load_base
 from tests.tiny import ARCHITECTURES, save_base, tiny_config
 
@@ -75,6 +75,14 @@ def test_a_processor_without_bfloat16_products_keeps_the_fused_operator(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert _load(base_folder).config._attn_implementation == "sdpa"
+    assert attention_that_runs("auto", "cpu", torch.bfloat16) == "sdpa"
+
+
+def test_what_runs_is_told_as_it_is() -> None:
+    assert attention_that_runs("auto", "cpu", torch.bfloat16) == SHORT_ROWS
+    assert attention_that_runs("auto", "cuda", torch.bfloat16) == "sdpa"
+    assert attention_that_runs("auto", "cpu", torch.float32) == "sdpa"
+    assert attention_that_runs("eager", "cpu", torch.bfloat16) == "eager"
 
 
 def test_all_other_rows_take_the_fused_operator(
