@@ -91,6 +91,7 @@ class Variant:
         projection: What `_projections` makes; "" for a plain step, ``dropped`` for no work behind the gradients.
         dim: Its width.
         kernel: Of the work behind the gradients.
+        merge_adapter: As jobs have it, where the type allows it; each pass merges anew, which a job does once a shard.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Variant:
     projection: str = ""
     dim: int = 0
     kernel: KernelKind = "torch"
+    merge_adapter: bool = True
 
     def wanted(self, only: Sequence[str] | None) -> bool:
         """Whether it was asked for, by its whole name or by what stands before one of its commas."""
@@ -144,10 +146,16 @@ def engine(setting: Setting, variant: Variant) -> Pass:
     module = _scored_model(setting, variant.dtype)
     layout = layout_of(module)
     batches = setting.batches()
+
+    def scoring() -> ScoringModel:
+        model = ScoringModel(module, setting.device, merge_adapter=variant.merge_adapter)
+        model.load_adapter(model.weights)
+        return model
+
     if variant.projection == "dropped":
 
         def dropping() -> None:
-            with closing(ScoringModel(module, setting.device)) as model:
+            with closing(scoring()) as model:
                 for batch in batches:
                     model.backward_per_sample(batch, "mean_loss", lambda name, grads_BOI: None)
 
@@ -157,7 +165,7 @@ def engine(setting: Setting, variant: Variant) -> Pass:
     settings = DirectionSettings("torch", "float16", setting.tokens, kernel=variant.kernel)
 
     def once() -> None:
-        with closing(ScoringModel(module, setting.device)) as model:
+        with closing(scoring()) as model:
             for batch in batches:
                 batch_directions(model, batch, moments, layout, projections, settings)
 
@@ -263,6 +271,7 @@ def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
         for kind in ("sketch", "sketch, deflated", "factored"):
             made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
     made.append(Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384))
+    made.append(replace(made[-1], name=f"{made[-1].name}, adapter apart", merge_adapter=False))
     made.append(Variant("engine, rademacher, D 1024", baseline, "rademacher", 1024))
     further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
     exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]
@@ -275,6 +284,9 @@ def a_few(dtypes: Sequence[torch.dtype]) -> list[Variant]:
         Variant(DROPPED, dtypes[0], "dropped"),
         Variant("engine, sketch, deflated, D 1024", dtypes[0], "sketch, deflated", 1024),
         Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192),
+        Variant(
+            "engine, sketch, deflated, D 8192, adapter apart", dtypes[0], "sketch, deflated", 8192, merge_adapter=False
+        ),
         Variant("engine, exact 16", dtypes[0], "exact 16"),
     ]
     return made + _in_further(dtypes, made, (DROPPED, "engine, sketch, deflated, D 1024", "engine, exact 16"))

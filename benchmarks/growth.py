@@ -50,7 +50,7 @@ class Scorer:
         module = make_model(size, rank, torch.float32, adapter=torch.float32, device=self.device)
         layout = layout_of(module)
         steps = [make_checkpoint(module, seed) for seed in range(checkpoints)]
-        model = ScoringModel(module, self.device)
+        model = ScoringModel(module, self.device, merge_adapter=True)
         projection = make_projection("sketch", DIM, 0, layout.num_parameters).to(self.device)
         samples = make_samples(rows, size.vocabulary, length=length)
         tokens = pa.Table.from_pylist(

@@ -16,6 +16,7 @@ _RECOMPUTED: dict[str, tuple[str, ...]] = {
     "preset": (),
     "model": ("warmup", *_AFTER_WARMUP),
     "model.attention": (),
+    "model.merge_adapter": (),
     "model.trust_remote_code": (),
     "model.loader": (),
     "model.deepspeed": (),

@@ -48,6 +48,11 @@ class ModelConfig(Strict):
         description="Attention kernel. auto is sdpa, but in bfloat16 on a CPU that multiplies it (AVX-512 BF16, "
         "AMX) rows of up to 256 tokens go through matrix products, which are faster there.",
     )
+    merge_adapter: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto adds the adapter to a copy of its layers' weights once a checkpoint, instead of at every "
+        "token, where those are float32, whole and no wider than 128 times the rank. never saves the copy's memory.",
+    )
     quantized: Literal["none", "nf4"] = Field(
         "none", description="nf4 holds the base's linear layers in 4 bits (bitsandbytes); adapters stay whole."
     )

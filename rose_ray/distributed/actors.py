@@ -105,7 +105,9 @@ class ScoringSpec:
             "ranks": self.ranks,
             "max_batch_tokens": self.max_batch_tokens,
             "attention": attention_that_runs(self.model.attention, self.device, getattr(torch, self.model.dtype)),
+            "merge_adapter": self.model.merge_adapter,
             "loader": self.model.loader,
+            "zero_stage": self.model.deepspeed.zero_stage,
             "kernel": self.gradients.kernel,
             "packing": self.gradients.packing,
         }

@@ -25,10 +25,19 @@ class ScoringModel:
         module: What is called: the PEFT model, as whoever holds it wants it called.
         device: Where batches go.
         checkpointed: Activations are recomputed; Hugging Face does so in training mode only.
+        merge_adapter: An adapter that `load_adapter` brings is added to copies of the weights: see `Taps.merge`.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str, *, checkpointed: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device | str,
+        *,
+        checkpointed: bool = False,
+        merge_adapter: bool = False,
+    ) -> None:
         self.module = module
+        self._merge_adapter = merge_adapter
         self.device = torch.device(device)
         self.weights = self._slot()
         self.taps = Taps(module, self.weights)
@@ -52,9 +61,14 @@ class ScoringModel:
         forget_logit_shape(self.module)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy an adapter's weights into the slot, by parameter name."""
+        """Copy an adapter's weights into the slot, by parameter name.
+
+        The one way to change them: where the adapter is merged, writing to `weights` changes no output.
+        """
         for name, weight in self.weights.items():
             weight.copy_(tensors[name])
+        if self._merge_adapter:
+            self.taps.merge()
 
     def _slot(self) -> dict[str, Tensor]:
         """The adapter's weights by layout name; here those of the model itself."""

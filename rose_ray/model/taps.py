@@ -15,11 +15,16 @@ from rose_ray.kernels.per_sample import (
     GradientConsumer,
     added_lora,
     linear_weight_gradients,
+    merged_lora,
     packed_weight_gradients,
 )
 
 ADAPTER = "default"
 """PEFT's name for the one adapter."""
+
+MERGED_SHARE = 1 / 64
+"""A layer's adapter is merged where its factors have at least this share of the weights' numbers. What is saved of the
+layer's own products is half of it, each way."""
 
 
 class Taps:
@@ -36,12 +41,27 @@ class Taps:
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._consume: GradientConsumer | None = None
         self._packed_lengths: Sequence[int] | None = None
+        self._merged: dict[str, Tensor] = {}
         self._layers: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "lora_A")}
         for name, layer in self._layers.items():  # all of them before the first is changed
             _check_plain(name, layer)
+        self._weights = {n: (weights[f"{n}.lora_A.weight"], weights[f"{n}.lora_B.weight"]) for n in self._layers}
         for name, layer in self._layers.items():
-            pair = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
-            layer.forward = functools.partial(self._forward, name, layer, pair)
+            layer.forward = functools.partial(self._forward, name, layer, self._weights[name])
+
+    def merge(self) -> None:
+        """Add the adapter in the slot to copies of the weights, which take the base layers' place until the next call.
+
+        Layers are left as they are where their weights are packed, partitioned or of less than 32 bits, whose rounding
+        would swallow a small adapter, and where the copy would save little: see `MERGED_SHARE`.
+        """
+        for name, (weight_RI, weight_OR) in self._weights.items():
+            layer = self._layers[name]
+            if name not in self._merged and _merging_pays(layer.base_layer, weight_RI, weight_OR):
+                self._merged[name] = torch.empty_like(layer.base_layer.weight)
+            if name in self._merged:
+                scaling = layer.scaling[ADAPTER]
+                torch.addmm(layer.base_layer.weight, weight_OR, weight_RI, alpha=scaling, out=self._merged[name])
 
     def remove(self) -> None:
         """Give the layers their own forward passes back."""
@@ -63,12 +83,15 @@ class Taps:
             self._consume = None
 
     def _forward(self, name: str, layer: Any, weights: tuple[Tensor, Tensor], hidden_BSI: Tensor) -> Tensor:
-        base_BSO: Tensor = layer.base_layer(hidden_BSI)
         if layer.disable_adapters:
+            base_BSO: Tensor = layer.base_layer(hidden_BSI)
             return base_BSO
         receive = functools.partial(self._receive, name) if self._consume is not None else None
-        dtype = weights[0].dtype  # no copies where base and adapter have one type
         scaling = layer.scaling[ADAPTER]
+        if name in self._merged:
+            return merged_lora(hidden_BSI, self._merged[name], layer.base_layer.bias, *weights, scaling, receive)
+        base_BSO = layer.base_layer(hidden_BSI)
+        dtype = weights[0].dtype  # no copies where base and adapter have one type
         return added_lora(base_BSO.to(dtype), hidden_BSI.to(dtype), *weights, scaling, receive).to(base_BSO.dtype)
 
     def _receive(self, name: str, which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
@@ -94,3 +117,11 @@ def _check_plain(name: str, layer: Any) -> None:
         raise ModelError(
             f"{name}: per-sample gradients need one plain LoRA adapter named {ADAPTER!r} on linear layers; found {odd}."
         )
+
+
+def _merging_pays(base: nn.Module, weight_RI: Tensor, weight_OR: Tensor) -> bool:
+    weight = base.weight
+    if type(base) is not nn.Linear or hasattr(weight, "ds_id") or weight.dtype != weight_RI.dtype:
+        return False
+    wide = weight.dtype in (torch.float32, torch.float64)
+    return wide and weight_RI.numel() + weight_OR.numel() >= MERGED_SHARE * weight.numel()

@@ -63,6 +63,7 @@ def keys_of(folder: Path, overrides: list[str]) -> dict[str, str]:
         "model.template=tulu",
         "model.loss_on_turn_tail=true",
         "model.attention=eager",
+        "model.merge_adapter=never",
         "model.trust_remote_code=true",
         "model.loader=plain",
         "model.deepspeed.zero_stage=3",

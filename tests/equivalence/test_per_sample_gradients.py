@@ -71,14 +71,15 @@ def adapter(base_folder: str) -> oracles.Named:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("reduction", ["mean_loss", "sum_logps"])
+@pytest.mark.parametrize("merge_adapter", ["auto", "never"])
 def test_batched_gradients_are_those_of_autograd(
-    architecture: str, reduction: Reduction, base_of: Callable[[str], str], adapter: oracles.Named
+    architecture: str, reduction: Reduction, merge_adapter: str, base_of: Callable[[str], str], adapter: oracles.Named
 ) -> None:
     base = base_of(architecture)
     expected_values, expected = _one_by_one(base, adapter, reduction)
     assert expected.norm(dim=1).min() > 0.01
     for checkpointing in (False, True):
-        model = _model(base, gradient_checkpointing=checkpointing)
+        model = _model(base, gradient_checkpointing=checkpointing, merge_adapter=merge_adapter)
         model.load_adapter(adapter)
         for batches in BATCHES:
             values, grads = _gradients(model, batches, reduction)
@@ -87,9 +88,12 @@ def test_batched_gradients_are_those_of_autograd(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_float32_models_agree_with_the_float64_oracle(attention: str, base_folder: str, adapter: oracles.Named) -> None:
+@pytest.mark.parametrize("merge_adapter", ["auto", "never"])
+def test_float32_models_agree_with_the_float64_oracle(
+    attention: str, merge_adapter: str, base_folder: str, adapter: oracles.Named
+) -> None:
     _, expected = _one_by_one(base_folder, adapter, "mean_loss")
-    model = _model(base_folder, torch.float32, attention=attention)
+    model = _model(base_folder, torch.float32, attention=attention, merge_adapter=merge_adapter)
     model.load_adapter(adapter)
     for batches in BATCHES:
         assert _error(_gradients(model, batches, "mean_loss")[1], expected) < FLOAT32
@@ -126,12 +130,13 @@ def test_gradients_do_not_pile_up(base_folder: str, adapter: oracles.Named) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("merge_adapter", ["auto", "never"])
 def test_packed_samples_do_not_see_each_other(
-    architecture: str, attention: str, base_of: Callable[[str], str], adapter: oracles.Named
+    architecture: str, attention: str, merge_adapter: str, base_of: Callable[[str], str], adapter: oracles.Named
 ) -> None:
     base = base_of(architecture)
     _, expected = _one_by_one(base, adapter, "mean_loss")
-    model = _model(base, attention=attention)
+    model = _model(base, attention=attention, merge_adapter=merge_adapter)
     model.load_adapter(adapter)
     samples = make_samples(LENGTHS, VOCABULARY)
     kept, consume = oracles.collect(list(layout_of(model.module).offsets))
@@ -140,14 +145,19 @@ def test_packed_samples_do_not_see_each_other(
     assert _error(oracles.rows_of(kept).double(), expected) < (FLOAT64 if attention == "sdpa" else FLOAT32)
 
 
-def test_nothing_runs_backward_below_the_lowest_adapter(base_folder: str) -> None:
-    config = ModelConfig(base=base_folder, dtype="float32", loader="plain")
-    model = load_scoring_model(config, LORA, device="cpu")
+@pytest.mark.parametrize("merge_adapter", ["auto", "never"])
+def test_nothing_runs_backward_below_the_lowest_adapter(
+    merge_adapter: str, base_folder: str, adapter: oracles.Named
+) -> None:
+    model = _model(base_folder, torch.float32, merge_adapter=merge_adapter)
+    model.load_adapter(adapter)
     layers = model.module.get_submodule("base_model.model.model.layers")
     seen: list[bool] = []
-    layers[0].self_attn.q_proj.base_layer.register_forward_hook(  # type: ignore[index, union-attr, operator]
-        lambda module, inputs, output: seen.append(inputs[0].requires_grad)
-    )
-    layers[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].requires_grad))  # type: ignore[index, operator]
+
+    def note(module: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(inputs[0].requires_grad)
+
+    layers[0].self_attn.q_proj.register_forward_hook(note)  # type: ignore[index, union-attr, operator]
+    layers[1].register_forward_hook(note)  # type: ignore[index, operator]
     model.backward_per_sample(pad_batch(make_samples((9, 5), VOCABULARY)), "mean_loss", lambda name, grads: None)
     assert seen == [False, True]

@@ -28,7 +28,7 @@ from rose_ray.filesystem import locate
 from rose_ray.kernels.projection import make_projection
 from rose_ray.model.batch import pad_batch
 from rose_ray.model.checkpoint import read_checkpoint
-from rose_ray.model.layout import adapter_parameters, layout_of
+from rose_ray.model.layout import layout_of
 from rose_ray.model.scoring import ScoringModel
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import TOKENS
@@ -135,14 +135,15 @@ def _influences(setting: Setting) -> np.ndarray:
 def _margins_along(setting: Setting, step: torch.Tensor) -> Callable[[float], torch.Tensor]:
     """Margins of all pairs with the adapter moved by ``scale * step``; the adapter is where it was afterwards."""
     batch = pad_batch([side for pair in setting.pairs for side in (pair.chosen, pair.rejected)])
-    parameters = list(adapter_parameters(setting.model.module).values())
-    origin = torch.nn.utils.parameters_to_vector(parameters).clone()
+    origin = {name: weight.clone() for name, weight in setting.model.weights.items()}
+    parts = torch.split(step, [weight.numel() for weight in origin.values()])
+    steps = {name: part.view_as(origin[name]) for name, part in zip(origin, parts, strict=True)}
 
     def margins(scale: float) -> torch.Tensor:
-        torch.nn.utils.vector_to_parameters(origin + scale * step, parameters)
+        setting.model.load_adapter({name: weight + scale * steps[name] for name, weight in origin.items()})
         with torch.no_grad():
             logps = setting.model.sample_values(batch, "sum_logps")
-        torch.nn.utils.vector_to_parameters(origin, parameters)
+        setting.model.load_adapter(origin)
         return logps[::2] - logps[1::2]
 
     return margins

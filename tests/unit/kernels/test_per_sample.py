@@ -1,4 +1,4 @@
-"""The adapter's part of one layer against plain autograd. Whole models: tests/equivalence."""
+"""One layer and its adapter, apart and merged, against plain autograd. Whole models: tests/equivalence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rose_ray.kernels.per_sample import added_lora, linear_weight_gradients
+from rose_ray.kernels.per_sample import added_lora, linear_weight_gradients, merged_lora
 
 FLOAT64 = 1e-12
 """Sums of a few dozen products in another order."""
@@ -53,3 +53,39 @@ def test_layout_of_the_base_s_output_does_not_matter(layout: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
     for one, other in zip((hidden_grad, received["A"], received["B"]), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("lowest", [True, False])
+def test_a_merged_layer_gives_what_autograd_gives(has_bias: bool, lowest: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = drawn(ROWS, TOKENS, INPUTS).requires_grad_(), drawn(OUTPUTS, INPUTS), drawn(OUTPUTS)
+    first, second, upstream = drawn(RANK, INPUTS), drawn(OUTPUTS, RANK), drawn(ROWS, TOKENS, OUTPUTS)
+    received: dict[str, Tensor] = {}
+
+    def receive(which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
+        received[which] = linear_weight_gradients(input_BSI, output_grad_BSO)
+
+    given = hidden.detach() if lowest else hidden
+    merged = weight + SCALING * second @ first
+    found = merged_lora(given, merged, bias if has_bias else None, first, second, SCALING, receive)
+    found.backward(upstream)
+
+    firsts, seconds = (each.repeat(ROWS, 1, 1).requires_grad_() for each in (first, second))
+    expected = hidden @ weight.T + SCALING * (hidden @ firsts.mT) @ seconds.mT + (bias if has_bias else 0)
+    wanted = torch.autograd.grad(expected, (hidden, firsts, seconds), upstream)
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64)
+    for which, other in zip("AB", wanted[1:], strict=True):
+        torch.testing.assert_close(received[which], other, rtol=0, atol=FLOAT64)
+    assert (hidden.grad is None) == lowest
+    if hidden.grad is not None:
+        torch.testing.assert_close(hidden.grad, wanted[0], rtol=0, atol=FLOAT64)
+
+
+def test_a_merged_layer_that_nobody_listens_to_has_no_graph_of_its_own() -> None:
+    hidden, merged, zeros = torch.ones(1, 2, 3), torch.ones(4, 3), torch.zeros(1)
+    assert not merged_lora(hidden, merged, None, zeros, zeros, 1.0, None).requires_grad
