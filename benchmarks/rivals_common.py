@@ -310,7 +310,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--dim", type=int, choices=(1024, 8192), default=1024, help="numbers of a feature")
     made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--samples", type=int, default=96, help="the fewer, the more padding: 19 % at 48, 11 % at 96")
+    made.add_argument("--samples", type=int, default=96, help="the fewer, the more padding: 19 %% at 48, 11 %% at 96")
     made.add_argument("--batch-tokens", type=int, default=2048, help="bound on rows times longest row")
     made.add_argument("--only", nargs="*", default=None, help="names of rivals")
     made.add_argument("--threads", type=int, default=1)
