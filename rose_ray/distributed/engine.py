@@ -67,7 +67,7 @@ def load_scoring_model(
     for parameter in adapter_parameters(peft_model).values():
         parameter.data = parameter.data.to(dtype or getattr(torch, model.dtype))
     if deepspeed is None:
-        return ScoringModel(_checkpointed(peft_model.to(device), model), device, **_how(model))
+        return ScoringModel(_checkpointed(peft_model.to(device), model), device, **_scoring_settings(model))
     return DeepSpeedScoringModel(peft_model, model, device=device, deepspeed=deepspeed)
 
 
@@ -82,7 +82,7 @@ class DeepSpeedScoringModel(ScoringModel):
         config = _zero_config(model)
         self.engine, *_ = deepspeed.initialize(model=peft_model, optimizer=optimizer, config=config)
         # The engine's own forward insists on its own backward; the module underneath keeps DeepSpeed's hooks.
-        super().__init__(_checkpointed(self.engine.module, model), device, **_how(model))
+        super().__init__(_checkpointed(self.engine.module, model), device, **_scoring_settings(model))
 
     def _slot(self) -> dict[str, Tensor]:
         if self.engine.zero_optimization_stage() < 3:
@@ -92,7 +92,7 @@ class DeepSpeedScoringModel(ScoringModel):
         return {name: torch.zeros(p.ds_shape, dtype=p.dtype, device=self.device) for name, p in parameters}  # type: ignore[attr-defined]
 
 
-def _how(model: ModelConfig) -> dict[str, bool]:
+def _scoring_settings(model: ModelConfig) -> dict[str, bool]:
     return {"checkpointed": model.gradient_checkpointing, "merge_adapter": model.merge_adapter == "auto"}
 
 

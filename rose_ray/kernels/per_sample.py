@@ -166,7 +166,8 @@ def merged_lora(
 ) -> Tensor:
     """Run a linear layer whose weights have the adapter in them, and send the factors of its gradients on in backward.
 
-    A token costs one product each way where `added_lora` and the base layer take three.
+    Forward a token takes one product where the base layer and `added_lora` take three; backward one and the two inner
+    ones that the factors are made of, where those take three.
 
     Args:
         input_BSI: What goes into the layer, in the type of its weights.
