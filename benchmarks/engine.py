@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, pool_samples
+from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, pool_samples, shared_direction
 from benchmarks.plain import full_logits_step, label_only_step
-from benchmarks.timing import Pass, compare, write_results
+from benchmarks.timing import ROUNDS, Pass, ratio, time_in_turns, write_results
 from rose_ray.data.batches import length_batches, padding_fraction
 from rose_ray.data.tokenize import Sample
-from rose_ray.kernels.adam import AdamState, common_direction
 from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.direction_sums import KernelKind
 from rose_ray.kernels.projection import Projection, make_projection
@@ -192,10 +191,8 @@ def _projections(variant: Variant, layout: ParameterLayout, moments: AdamMoments
     inner = make_projection(name.removesuffix(", deflated"), dim, 0, size, shapes=shapes)  # type: ignore[arg-type]
     if not name.endswith("deflated"):
         return [inner.to(device)]
-    state = AdamState(100, 0.9, 0.999, 1e-8)
-    names = [key for key, _ in layout.shapes]
-    parts = [common_direction(moments.exp_avg[key], moments.exp_avg_sq[key], state, "torch") for key in names]
-    return [DeflatedProjection(inner.to(device), torch.cat([part.flatten() for part in parts if part is not None]))]
+    common_P = shared_direction(layout, moments.exp_avg, moments.exp_avg_sq, moments.state)
+    return [DeflatedProjection(inner.to(device), common_P)]
 
 
 def compared(
@@ -225,20 +222,27 @@ def compared(
             continue
         passes[variant.name] = engine(setting, variant)
     tokens = sum(len(sample.input_ids) for sample in setting.samples())
-    rows = compare(passes, BASELINE, rounds=rounds, device=setting.device)
+    seconds = time_in_turns(passes, BASELINE, rounds=rounds, device=setting.device)
     dtypes = {each.name: each.dtype for each in (*plains, *variants)}
-    label_only = {dtypes[row.name]: row.seconds for row in rows if row.name.startswith(LABEL_ONLY)}
-    return [
-        {
-            "variant": row.name,
-            "over plain step": row.ratio,
-            "low": row.low,
-            "high": row.high,
-            "over label-only step of its type": label_only[dtypes.get(row.name, baseline)] / row.seconds,
-            "tokens/s": tokens / row.seconds,
-        }
-        for row in rows
-    ], left_out
+    label_only = {dtypes[name]: each for name, each in seconds.items() if name.startswith(LABEL_ONLY)}
+    rows = []
+    for name, each in seconds.items():
+        plainly = ratio(name, seconds[BASELINE], each)
+        labelled = ratio(name, label_only[dtypes.get(name, baseline)], each)
+        rows.append(
+            {
+                "variant": name,
+                "over plain step": plainly.ratio,
+                "low": plainly.low,
+                "high": plainly.high,
+                "over label-only step of its type": labelled.ratio,
+                "its low": labelled.low,
+                "its high": labelled.high,
+                "tokens/s": tokens / plainly.seconds,
+                ROUNDS: each,
+            }
+        )
+    return rows, left_out
 
 
 def peak_memory(setting: Setting, variant: Variant) -> dict[str, Any]:
@@ -272,7 +276,7 @@ def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
             made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
     made.append(Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384))
     made.append(replace(made[-1], name=f"{made[-1].name}, adapter apart", merge_adapter=False))
-    made.append(Variant("engine, rademacher, D 1024", baseline, "rademacher", 1024))
+    made += [Variant(f"engine, rademacher, D {dim}", baseline, "rademacher", dim) for dim in (1024, 8192)]
     further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
     exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]
     return made + _in_further(dtypes, made + exact, further) + exact
@@ -325,7 +329,7 @@ def parsed() -> argparse.Namespace:
     """The command's options, with what follows from one another filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["projections", "sizes", "ranks", "memory", "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8, help="even: each order as often")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2048, help="bound on rows times length of a batch")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -386,7 +390,9 @@ def main() -> None:
     left_out: list[str] = []
     for title, setting, variants in sections_of(options, options.only):
         if title.startswith("memory"):
-            sections[title] = [peak_memory(setting, each) for each in (Variant(BASELINE, baseline), *variants)]
+            plains = [Variant(BASELINE, baseline)]
+            plains += [Variant(f"{BASELINE}, {_short(d)} base", d) for d in {v.dtype for v in variants} - {baseline}]
+            sections[title] = [peak_memory(setting, each) for each in (*plains, *variants)]
             continue
         sections[title], lines = compared(setting, variants, options.rounds, baseline)
         left_out += [f"{title}: {line}" for line in lines]

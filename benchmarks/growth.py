@@ -22,10 +22,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples
+from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, shared_direction
 from benchmarks.timing import Pass, interval, machine, timed, write_results
+from rose_ray.kernels.adam import AdamState
+from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import make_projection
-from rose_ray.model.layout import layout_of
+from rose_ray.model.checkpoint import Checkpoint
+from rose_ray.model.layout import ParameterLayout, layout_of
 from rose_ray.model.scoring import ScoringModel
 from rose_ray.schemas import TOKENS
 from rose_ray.stages.directions import DirectionSettings
@@ -51,7 +54,8 @@ class Scorer:
         layout = layout_of(module)
         steps = [make_checkpoint(module, seed) for seed in range(checkpoints)]
         model = ScoringModel(module, self.device, merge_adapter=True)
-        projection = make_projection("sketch", DIM, 0, layout.num_parameters).to(self.device)
+        sketch = make_projection("sketch", DIM, 0, layout.num_parameters).to(self.device)
+        maps = [DeflatedProjection(sketch, _shared(layout, step).to(self.device)) for step in steps]
         samples = make_samples(rows, size.vocabulary, length=length)
         tokens = pa.Table.from_pylist(
             [{"row_id": str(number), **sample.__dict__} for number, sample in enumerate(samples)], schema=TOKENS
@@ -59,10 +63,17 @@ class Scorer:
         settings = DirectionSettings("torch", "bit1", BATCH_TOKENS)
 
         def once() -> None:
-            made = shard_features(model, tokens, steps, layout, [[projection] * checkpoints], settings)
+            made = shard_features(model, tokens, steps, layout, [maps], settings)
             assert made.tables[0][0].num_rows == rows
 
         return once
+
+
+def _shared(layout: ParameterLayout, step: Checkpoint) -> torch.Tensor:
+    state, averages = step.state, (step.exp_avg, step.exp_avg_sq)
+    assert state is not None and averages[0] is not None and averages[1] is not None
+    adam = AdamState(state.num_updates, state.adam_beta1, state.adam_beta2, state.adam_eps)
+    return shared_direction(layout, averages[0], averages[1], adam)
 
 
 def section(
@@ -143,7 +154,7 @@ def main() -> None:
     """Measure, write the table, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32, help="rows of the smallest shard")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--device", choices=list(UNITS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="four rows, one round")

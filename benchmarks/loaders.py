@@ -210,6 +210,7 @@ def main() -> None:
     if options.way:
         work(options)
         return
+    torch.set_num_threads(1)  # as the processes compared have
     with tempfile.TemporaryDirectory() as folder:
         rows = compare_ways(options, Path(folder))
     facts = {key: getattr(options, key) for key in ("size", "dtype", "lora", "samples", "tokens", "rounds")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,12 +15,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rose_ray.config.gradients import AdamMode
 from rose_ray.data.chat import ChatTemplate
 from rose_ray.data.conversation import parse_conversation
 from rose_ray.data.tokenize import Sample, Tokeniser
+from rose_ray.kernels.adam import AdamState, common_direction
 from rose_ray.model.attention import attend_short_rows
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
-from rose_ray.model.layout import layout_of
+from rose_ray.model.layout import ParameterLayout, layout_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -114,6 +117,18 @@ def pool_samples(pool: Path, model: Path, number: int) -> list[Sample]:
     step = max(1, len(records) // number)
     texts = [json.dumps({"messages": record["messages"], "tools": None}) for record in records[::step][:number]]
     return [tokeniser.encode(parse_conversation(text)) for text in texts]
+
+
+def shared_direction(
+    layout: ParameterLayout,
+    exp_avg: Mapping[str, Tensor],
+    exp_avg_sq: Mapping[str, Tensor],
+    state: AdamState,
+    adam: AdamMode = "torch",
+) -> Tensor:
+    """Return [P], the part of the direction that all rows of a checkpoint have in common."""
+    parts = [common_direction(exp_avg[name], exp_avg_sq[name], state, adam) for name, _ in layout.shapes]
+    return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 def make_checkpoint(model: nn.Module, seed: int = 0) -> Checkpoint:

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.models import shared_direction
 from benchmarks.timing import write_results
 from rose_ray.config import load_config
 from rose_ray.config.job import JobConfig
 from rose_ray.config.target import TargetConfig
 from rose_ray.distributed.engine import load_scoring_model
-from rose_ray.kernels.adam import common_direction
 from rose_ray.kernels.aggregation import aggregate_scores, aggregate_subtasks
 from rose_ray.kernels.correlation import spearman
 from rose_ray.kernels.deflated import DeflatedProjection
@@ -128,11 +128,8 @@ class Job:
         }
         state: Any = checkpoint.state
         assert checkpoint.exp_avg is not None and checkpoint.exp_avg_sq is not None
-        parts = [
-            common_direction(checkpoint.exp_avg[name], checkpoint.exp_avg_sq[name], state, self.adam)
-            for name, _ in self.layout.shapes
-        ]
-        return Whole(units_NP, banks, torch.cat([part.flatten() for part in parts if part is not None]))
+        common_P = shared_direction(self.layout, checkpoint.exp_avg, checkpoint.exp_avg_sq, state, self.adam)
+        return Whole(units_NP, banks, common_P)
 
     def directions(self, name: str, bank: PairGradients) -> Directions:
         """Return the directions of a target's pairs under its objective."""

@@ -21,13 +21,11 @@ import argparse
 import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -60,6 +58,7 @@ from benchmarks.rivals_common import (  # noqa: E402
     row_of,
     wanted,
 )
+from benchmarks.timing import machine  # noqa: E402
 from benchmarks.vmapped import VmappedPass  # noqa: E402
 from rose_ray.data.batches import padding_fraction  # noqa: E402
 from rose_ray.data.tokenize import Sample  # noqa: E402
@@ -105,7 +104,6 @@ class OurPass:
         module = copy.deepcopy(problem.model)
         self.layout = layout_of(module)
         self.model = ScoringModel(module, "cpu", merge_adapter=True)
-        self.model.load_adapter(self.model.weights)
         names = [name for name, _ in self.layout.shapes]
         avg, avg_sq = (dict(zip(names, problem.split(flat).values(), strict=True)) for flat in problem.moments)
         state = OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1)
@@ -136,6 +134,7 @@ class OurPass:
         """Return features [N, D]."""
         out_ND = torch.zeros(len(self.problem.samples), self.projection.dim)
         projection: Any = _ClockedProjection(self.projection, clock)
+        self.model.load_adapter(self.model.weights)  # merges, as a job does once a shard
         unclocked = adam_direction
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
@@ -258,19 +257,8 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
 def facts_of(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     lengths = [len(sample.input_ids) for sample in problem.samples]
-    described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
     return {
-        "date": date.today().isoformat(),
-        "commit": described.stdout.strip(),
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "load average at the start": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
+        **machine(),
         "parameters": problem.num_parameters,
         "dim": options.dim,
         "rounds": options.rounds,

@@ -20,6 +20,9 @@ import torch
 
 Pass = Callable[[], object]
 
+ROUNDS = "seconds of each round"
+"""Key of a row's raw numbers."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -40,12 +43,20 @@ class Ratio:
 
 
 def compare(variants: Mapping[str, Pass], baseline: str, *, rounds: int, device: str = "cpu") -> list[Ratio]:
-    """Time every variant in every round, the order turned round each time: A B B A.
+    """Divide the baseline's seconds by every variant's; arguments as in `time_in_turns`."""
+    seconds = time_in_turns(variants, baseline, rounds=rounds, device=device)
+    return [ratio(name, seconds[baseline], each) for name, each in seconds.items()]
+
+
+def time_in_turns(
+    variants: Mapping[str, Pass], baseline: str, *, rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Return the seconds of every variant in every round, the order turned round each time: A B B A.
 
     Args:
         variants: A pass each, over the same batches.
         baseline: Which of them the others are divided by; it is timed twice a round, the second time as a control.
-        rounds: How often.
+        rounds: How often; of an even number each order has one half.
         device: ``cpu`` counts the process's CPU seconds, ``cuda`` wall seconds up to the device's end.
     """
     passes = {**variants, f"{baseline}, again": variants[baseline]}
@@ -55,8 +66,7 @@ def compare(variants: Mapping[str, Pass], baseline: str, *, rounds: int, device:
     for number in range(rounds):
         for name in list(passes)[:: 1 if number % 2 == 0 else -1]:
             seconds[name].append(timed(passes[name], device))
-    base = seconds[baseline]
-    return [_ratio(name, [b / t for b, t in zip(base, each, strict=True)], each) for name, each in seconds.items()]
+    return seconds
 
 
 def timed(once: Pass, device: str) -> float:
@@ -72,7 +82,9 @@ def timed(once: Pass, device: str) -> float:
     return time.perf_counter() - start
 
 
-def _ratio(name: str, ratios: Sequence[float], seconds: Sequence[float]) -> Ratio:
+def ratio(name: str, base: Sequence[float], seconds: Sequence[float]) -> Ratio:
+    """Compare the rounds of a variant with those of a baseline, each with its own."""
+    ratios = [b / t for b, t in zip(base, seconds, strict=True)]
     return Ratio(name, statistics.median(ratios), *interval(ratios), statistics.median(seconds))
 
 
@@ -104,7 +116,10 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(name: str, sections: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], folder: Path) -> None:
-    """Write ``DATE-NAME.json`` and ``.md``: a table of dataclasses (or mappings) a section, and print the latter."""
+    """Write ``DATE-NAME.json`` and ``.md``: a table of dataclasses (or mappings) a section, and print the latter.
+
+    What a row has under `ROUNDS` is in the former alone.
+    """
     rows = {
         title: [each if isinstance(each, dict) else asdict(each) for each in part] for title, part in sections.items()
     }
@@ -113,7 +128,7 @@ def write_results(name: str, sections: Mapping[str, Sequence[Any]], facts: Mappi
     for title, part in rows.items():
         if not part:
             continue
-        columns = list(part[0])
+        columns = [column for column in part[0] if column != ROUNDS]
         lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in part]
     folder.mkdir(parents=True, exist_ok=True)
