@@ -19,6 +19,7 @@ from rose_ray.config.cluster import RayConfig
 from rose_ray.config.gradients import GradientConfig
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.config.target import TargetConfig
+from rose_ray.data.batches import DealtBatches
 from rose_ray.data.preferences import PreferencePair
 from rose_ray.data.tokenize import Sample
 from rose_ray.distributed.engine import load_scoring_model
@@ -103,6 +104,7 @@ class ScoringSpec:
         return {
             "device": self.device,
             "ranks": self.ranks,
+            "threads": self.threads,
             "max_batch_tokens": self.max_batch_tokens,
             "attention": attention_that_runs(self.model.attention, self.device, getattr(torch, self.model.dtype)),
             "merge_adapter": self.model.merge_adapter,
@@ -220,7 +222,7 @@ class ScoringActor(ModelHolder):
             "num_rows_cut": int(np.sum(tokens["num_tokens_cut"].to_numpy() > 0)),
             "num_positions": features.num_positions,
             "num_halvings": features.num_halvings,
-            "computed_with": spec.computed_with(),
+            "computed_with": spec.computed_with() | {"max_batch_tokens": features.max_batch_tokens},
             "load_seconds": round(loaded - start, 3),
             "compute_seconds": round(computed - loaded, 3),
             "ended_at": round(time.time(), 3),
@@ -254,6 +256,9 @@ class BankActor(ModelHolder):
     writes = True
     """Of ranks that share a model one writes what all of them compute."""
 
+    in_step = False
+    """Whether other ranks run the same batches beside it, so that it cannot halve one on its own."""
+
     def __init__(self, spec: ScoringSpec) -> None:
         super().__init__(spec)
         self.enrolment = bank_enrolment(spec)
@@ -274,7 +279,12 @@ class BankActor(ModelHolder):
 
         def run(rows: int) -> None:
             projections = [projection.to(self.model.device) for projection in maps]
-            list(runner.run([sample] * rows, self.checkpoints[0], projections))
+            samples, checkpoint, places = [sample] * rows, self.checkpoints[0], list(range(rows))
+            if self.in_step:
+                dealt = DealtBatches(places, [places], sample)
+                list(runner.run_dealt(samples, dealt, checkpoint, projections))
+            else:
+                list(runner.run(samples, checkpoint, projections))
 
         return run, length
 

@@ -47,6 +47,8 @@ _DEATH_SECONDS = 10.0
 class Rank(BankActor):
     """One of the processes that share a model."""
 
+    in_step = True
+
     def __init__(self, spec: ScoringSpec, number: int) -> None:
         super().__init__(spec)
         self.number = number

@@ -18,6 +18,7 @@ from rose_ray.distributed.actors import ScoringSpec, device_of
 from rose_ray.distributed.engine import check_offload
 from rose_ray.distributed.metrics import say_stage
 from rose_ray.distributed.spaces import SpaceSpec, projection_identity
+from rose_ray.kernels.span import SPAN_VERSION
 from rose_ray.methods.registry import needs_of
 from rose_ray.model.describe import ModelIdentity, describe_model
 from rose_ray.model.tokenizer import describe_text
@@ -134,7 +135,7 @@ class Job:
         if not self.config.is_exact(target):
             return self._projected(warmup)
         basis = self.result.bases[target.name]
-        space = {**self.bare_space(warmup), "projection": f"exact/v1/basis={basis.key}"}
+        space = {**self.bare_space(warmup), "projection": f"exact/v{SPAN_VERSION}/basis={basis.key}"}
         return self._feature_set(warmup, space, "float32", tuple(basis.files))
 
     def _projected(self, warmup: Manifest) -> FeatureSet:

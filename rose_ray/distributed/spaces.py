@@ -12,7 +12,7 @@ from rose_ray.config.gradients import GradientConfig
 from rose_ray.config.job import JobConfig
 from rose_ray.errors import AlteredFileError, ConfigError
 from rose_ray.kernels.adam import AdamState, common_direction
-from rose_ray.kernels.deflated import DeflatedProjection
+from rose_ray.kernels.deflated import DEFLATED_VERSION, DeflatedProjection
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class SpaceSpec:
 def projection_identity(settings: GradientConfig, layout: ParameterLayout) -> str:
     """Text that names the configured projection, and the Adam mode where its moment term is part of it."""
     identity = _plain(settings, layout).identity()
-    return f"deflated/v1/adam={settings.adam}/{identity}" if deflates(settings) else identity
+    return f"deflated/v{DEFLATED_VERSION}/adam={settings.adam}/{identity}" if deflates(settings) else identity
 
 
 def load_projections(

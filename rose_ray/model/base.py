@@ -60,17 +60,20 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
 
     folder = resolve_base(model)
     dtype = dtype or getattr(torch, model.dtype)
+    attention = "sdpa" if model.attention == "auto" else model.attention
     try:
         if device == "meta":
             config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
             with torch.device("meta"):
-                base: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+                base: nn.Module = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+                )
         else:
             nf4 = _nf4_settings(device, dtype) if model.quantized == "nf4" and device is not None else {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+                attn_implementation=attention,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,  # pickles run code
                 output_loading_info=True,
@@ -87,6 +90,10 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
     except ModelError:  # a ValueError too, and says all there is to say
         raise
     except (OSError, ValueError, ImportError) as error:
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise ModelError(
+                f"{model.base}: models of its kind do not run with torch's fused attention. Set model.attention: eager."
+            ) from error
         raise ModelError(f"{model.base}: cannot load it as a causal language model: {error}") from error
     base.config.use_cache = False  # type: ignore[union-attr]
     base.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How much memory a step takes at its peak, and how much there is."""
+"""How much memory a step takes at its peak, how much there is, and whether an error says that it is used up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ import torch
 from rose_ray.errors import ResourceError
 
 _CGROUP = "/sys/fs/cgroup"
+
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|\bCUDA (driver )?error: out of memory"  # the runtime, and the driver behind expandable segments
+    r"|\bCU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED\b"  # workspaces that libraries of CUDA take beside torch's allocator
+    r"|\bTriton Error \[CUDA\]: out of memory"  # a kernel being loaded
+)
+"""Texts of plain RuntimeErrors, in torch's or Triton's words. Other errors of CUDA have other cures."""
 
 
 class MemoryMeter(Protocol):
@@ -91,3 +99,8 @@ def _cgroup_number(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is used up: torch's own exception for its GPU allocator, a text for everybody else."""
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rose_ray.errors import ModelError
 from rose_ray.kernels.per_sample import GradientConsumer
 from rose_ray.model.batch import Batch
 from rose_ray.model.layout import adapter_parameters
@@ -24,8 +27,11 @@ class ScoringModel:
     Args:
         module: What is called: the PEFT model, as whoever holds it wants it called.
         device: Where batches go.
-        checkpointed: Activations are recomputed; Hugging Face does so in training mode only.
+        checkpointed: Activations are recomputed, as the module was told; without dropout all the same.
         merge_adapter: An adapter that `load_adapter` brings is added to copies of the weights: see `Taps.merge`.
+
+    Raises:
+        ModelError: Its activations are to be recomputed, and no layer knows how; or see `Taps`.
     """
 
     def __init__(
@@ -44,20 +50,21 @@ class ScoringModel:
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._training = [(part, part.training) for part in module.modules()]
         module.requires_grad_(False)
-        module.train(checkpointed)
-        if checkpointed:
-            _remove_dropout(module)
+        module.eval()
+        self._recomputing = _recompute_in_evaluation(module) if checkpointed else {}
 
     def close(self) -> None:
         """Give the module back as it came: what was trainable, in training mode, its layers' own forward passes.
 
-        Once, after which this is of no use. Dropout that ``checkpointed`` took out stays out.
+        Once, after which this is of no use.
         """
         self.taps.remove()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         for part, training in self._training:
             part.training = training
+        for layer, recompute in self._recomputing.items():
+            layer._gradient_checkpointing_func = recompute
         forget_logit_shape(self.module)
 
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
@@ -112,9 +119,33 @@ class ScoringModel:
         return values_B.detach()
 
 
-def _remove_dropout(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if hasattr(part, "attention_dropout"):
-            setattr(part, "attention_dropout", 0.0)  # noqa: B010 - a plain attribute that nn.Module does not declare
+def _recompute_in_evaluation(module: nn.Module) -> dict[Any, Callable[..., Any]]:
+    """Let layers recompute while all of the model is in evaluation mode; return what each recomputed with.
+
+    Hugging Face's layers look whether they are in training mode, and then run in it: with dropout and the like,
+    wherever they read its share from. So they are in it while they look, and not while they run.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    found = {layer: layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing}
+    if not found:
+        raise ModelError(
+            "model.gradient_checkpointing: no layer of this model recomputes on its own. Set it to false, and lower "
+            "gradients.max_batch_tokens where memory is short."
+        )
+    for layer, recompute in found.items():
+        layer.training = True
+        layer._gradient_checkpointing_func = functools.partial(_in_evaluation, layer, recompute)
+    return found
+
+
+def _in_evaluation(layer: nn.Module, recompute: Callable[..., Any], run: Callable[..., Any], *hidden: Any) -> Any:
+    def once(*hidden: Any) -> Any:
+        layer.training = False
+        try:
+            return run(*hidden)
+        finally:
+            layer.training = True
+
+    return recompute(once, *hidden)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rose_ray.errors import ModelError
+from rose_ray.errors import ModelError, ResourceError
 from rose_ray.kernels.per_sample import (
     GradientConsumer,
     added_lora,
@@ -18,6 +18,7 @@ from rose_ray.kernels.per_sample import (
     merged_lora,
     packed_weight_gradients,
 )
+from rose_ray.model.memory import is_out_of_memory
 
 ADAPTER = "default"
 """PEFT's name for the one adapter."""
@@ -42,6 +43,7 @@ class Taps:
         self._consume: GradientConsumer | None = None
         self._packed_lengths: Sequence[int] | None = None
         self._merged: dict[str, Tensor] = {}
+        self._received: set[str] = set()
         self._layers: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "lora_A")}
         for name, layer in self._layers.items():  # all of them before the first is changed
             _check_plain(name, layer)
@@ -54,14 +56,26 @@ class Taps:
 
         Layers are left as they are where their weights are packed, partitioned or of less than 32 bits, whose rounding
         would swallow a small adapter, and where the copy would save little: see `MERGED_SHARE`.
+
+        Raises:
+            ResourceError: No memory for the copies.
         """
+        copies, self._merged = self._merged, {}  # none is in use before all are made
         for name, (weight_RI, weight_OR) in self._weights.items():
             layer = self._layers[name]
-            if name not in self._merged and _merging_pays(layer.base_layer, weight_RI, weight_OR):
-                self._merged[name] = torch.empty_like(layer.base_layer.weight)
-            if name in self._merged:
-                scaling = layer.scaling[ADAPTER]
-                torch.addmm(layer.base_layer.weight, weight_OR, weight_RI, alpha=scaling, out=self._merged[name])
+            if _merging_pays(layer.base_layer, weight_RI, weight_OR):
+                base = layer.base_layer.weight
+                try:
+                    copy = copies[name] if name in copies else torch.empty_like(base)
+                    copies[name] = torch.addmm(base, weight_OR, weight_RI, alpha=layer.scaling[ADAPTER], out=copy)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise ResourceError(
+                        f"no memory for a copy of the adapter's layers, {len(copies)} of them made: {error} "
+                        "Set model.merge_adapter: never."
+                    ) from error
+        self._merged = copies
 
     def remove(self) -> None:
         """Give the layers their own forward passes back."""
@@ -75,8 +89,13 @@ class Taps:
         Args:
             consume: Receives ``(name, gradients)``; runs without autograd.
             packed_lengths: Tokens of each sample where they lie end to end in one row, else None.
+
+        Raises:
+            ModelError: In the backward pass: a layer ran more than once in the forward pass, so that no single call
+                has the whole gradient of its weights.
         """
         self._consume, self._packed_lengths = consume, packed_lengths
+        self._received.clear()
         try:
             yield
         finally:
@@ -95,14 +114,20 @@ class Taps:
         return added_lora(base_BSO.to(dtype), hidden_BSI.to(dtype), *weights, scaling, receive).to(base_BSO.dtype)
 
     def _receive(self, name: str, which: str, input_BSI: Tensor, output_grad_BSO: Tensor) -> None:
-        consume = self._consume
+        consume, weight = self._consume, f"{name}.lora_{which}.weight"
         assert consume is not None, "backward ran outside of `sending_to`"
+        if weight in self._received:
+            raise ModelError(
+                f"{name} runs more than once in a forward pass: its weights' gradients would have to be added up "
+                "before Adam, which sees them call by call. Leave it out of lora.target_modules."
+            )
+        self._received.add(weight)
         with torch.no_grad():
             if self._packed_lengths is None:
                 grads_BOI = linear_weight_gradients(input_BSI, output_grad_BSO)
             else:
                 grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], self._packed_lengths)
-            consume(f"{name}.lora_{which}.weight", grads_BOI)
+            consume(weight, grads_BOI)
 
 
 def _check_plain(name: str, layer: Any) -> None:

@@ -132,9 +132,11 @@ class BatchRunner(HalvingRunner):
             directions, error = self.attempt(every, rows, compute)
             longest = max(len(every[i].input_ids) for i in rows)
             if directions is None:
+                one = len(rows) == 1
+                remedy = "lower model.max_tokens" if one else f"set gradients.max_batch_tokens to {longest} or so"
                 raise ResourceError(
-                    f"{len(rows)} rows of {longest} tokens do not fit into a rank's memory ({error}). Ranks that share "
-                    "a model cannot halve a batch on their own: lower gradients.max_batch_tokens."
+                    f"{len(rows)} row{'' if one else 's'} of {longest} tokens did not fit into a rank's memory "
+                    f"({error}). Ranks that share a model cannot halve a batch on their own: {remedy}."
                 )
             if indices:
                 self.num_positions += len(rows) * longest

@@ -73,7 +73,7 @@ def shard_features(
         settings: Transform, stored type, batches.
 
     Raises:
-        AccountingError: Rows got lost: a bug, never bad input.
+        AccountingError: A row got no numbers, or got them twice: a bug, never bad input.
     """
     parts = shard_parts(model, read_samples(tokens), checkpoints, layout, spaces, settings)
     return assemble(parts, tokens, [checkpoint.name for checkpoint in checkpoints], settings.stored_dtype)
@@ -138,10 +138,9 @@ def assemble(
         AccountingError: Rows got lost: a bug, never bad input.
     """
     samples, row_ids = read_samples(tokens), tokens["row_id"].to_pylist()
+    _check_filled(parts, row_ids)
     reasons = _rejections(parts.columns, checkpoints, parts.too_large)
     kept = [i for i in range(len(samples)) if i not in reasons]
-    if len(kept) + len(reasons) != tokens.num_rows:
-        raise AccountingError(f"{tokens.num_rows} rows in, {len(kept)} scored and {len(reasons)} rejected.")
     rejected = [{"row_id": row_ids[i], "reason": r, "detail": d} for i, (r, d) in sorted(reasons.items())]
     return ShardFeatures(
         [
@@ -157,33 +156,38 @@ def assemble(
 
 @dataclass
 class CheckpointPart:
-    """A shard's numbers in one space at one checkpoint, in the shard's order. The last ``num_exact`` are exact."""
+    """A shard's numbers in one space at one checkpoint, in the shard's order. The last ``num_exact`` are exact.
+
+    ``times_filled_N`` counts how often each row got its numbers: once, unless it did not fit into memory.
+    """
 
     features_ND: np.ndarray
     num_exact: int
     norms_N: np.ndarray
     momentum_shares_N: np.ndarray
     losses_N: np.ndarray
+    times_filled_N: np.ndarray
 
     @classmethod
     def empty(cls, num_rows: int, projection: Projection) -> CheckpointPart:
         """Room for so many rows, not a number yet."""
         nan = np.full(num_rows, np.nan)
         features_ND = np.zeros((num_rows, projection.dim), np.float32)
-        return cls(features_ND, projection.num_exact, nan, nan.copy(), nan.copy())
+        return cls(features_ND, projection.num_exact, nan, nan.copy(), nan.copy(), np.zeros(num_rows, np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence[CheckpointPart], places: Sequence[Sequence[int]], num_rows: int) -> CheckpointPart:
         """Put the numbers of several ranks together; ``places`` are those of each one's rows in the shard."""
         nan = np.full(num_rows, np.nan)
         features_ND = np.zeros((num_rows, parts[0].features_ND.shape[1]), np.float32)
-        made = cls(features_ND, parts[0].num_exact, nan, nan.copy(), nan.copy())
+        made = cls(features_ND, parts[0].num_exact, nan, nan.copy(), nan.copy(), np.zeros(num_rows, np.int64))
         for part, own in zip(parts, places, strict=True):
             rows = list(own)
             made.features_ND[rows] = part.features_ND
             made.norms_N[rows] = part.norms_N
             made.momentum_shares_N[rows] = part.momentum_shares_N
             made.losses_N[rows] = part.losses_N
+            np.add.at(made.times_filled_N, rows, part.times_filled_N)
         return made
 
     def fill(self, indices: Sequence[int], directions: Directions, features_BD: Tensor) -> None:
@@ -194,6 +198,7 @@ class CheckpointPart:
         self.norms_N[indices] = directions.norms_B.cpu().numpy()
         self.momentum_shares_N[indices] = directions.momentum_shares_B.cpu().numpy()
         self.losses_N[indices] = directions.losses_B.double().cpu().numpy()
+        np.add.at(self.times_filled_N, list(indices), 1)
 
     def table(self, kept: list[int], row_ids: list[str], samples: list[Sample], stored_dtype: StoredType) -> pa.Table:
         """Return the rows that are kept, schema ``features_schema``."""
@@ -251,6 +256,18 @@ class ShardParts:
         ]
         positions = sum(rank.num_positions for rank in ranks)
         return cls(columns, {}, positions, 0, min(rank.max_batch_tokens for rank in ranks))
+
+
+def _check_filled(parts: ShardParts, row_ids: Sequence[str]) -> None:
+    for number, columns in enumerate(parts.columns):
+        for part in columns:
+            wrong = [int(i) for i in np.flatnonzero(part.times_filled_N != 1) if i not in parts.too_large]
+            if wrong:
+                times = part.times_filled_N[wrong[0]]
+                raise AccountingError(
+                    f"{len(wrong)} of {len(row_ids)} rows, such as {row_ids[wrong[0]]}, got their numbers at "
+                    f"checkpoint {number + 1} of {len(parts.columns)} not once but {times} times."
+                )
 
 
 def _rejections(

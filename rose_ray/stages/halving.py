@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +14,11 @@ from rose_ray.data.batches import length_batches
 from rose_ray.data.tokenize import Sample
 from rose_ray.failpoints import failpoint_number
 from rose_ray.model.batch import Batch, pack_batch, pad_batch
+from rose_ray.model.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
-    r"|\bCUDA (driver )?error: out of memory"  # the runtime, and the driver behind expandable segments
-    r"|\bCU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED\b"  # workspaces that libraries of CUDA take beside torch's allocator
-    r"|\bTriton Error \[CUDA\]: out of memory"  # a kernel being loaded
-)
-"""Texts of plain RuntimeErrors, in torch's or Triton's words. Other errors of CUDA have other cures."""
 
 
 @dataclass
@@ -72,7 +64,11 @@ class HalvingRunner:
         self.too_large: dict[int, str] = {}
 
     def batches(self, samples: Sequence[Sample], compute: Callable[[Batch], T]) -> Iterator[tuple[list[int], T]]:
-        """Yield the numbers of each batch's samples and what it gives. Samples that do not fit alone are left out."""
+        """Yield the numbers of each batch's samples and what it gives. Samples that do not fit alone are left out.
+
+        Such a one is tried again after all others.
+        """
+        put_off = set[int]()
         lengths = [len(sample.input_ids) for sample in samples]
         waiting = length_batches(lengths, self.max_batch_tokens)[::-1]
         while waiting:
@@ -85,6 +81,9 @@ class HalvingRunner:
             if result is not None:
                 self.num_positions += sum(lengths[i] for i in indices) if self.packing else size
                 yield indices, result
+            elif len(indices) == 1 and indices[0] not in put_off:
+                put_off.add(indices[0])  # others that share the device may have let go of it by the end
+                waiting.insert(0, indices)
             elif len(indices) == 1:
                 self.too_large[indices[0]] = f"{lengths[indices[0]]} tokens alone: {error}"
             else:
@@ -106,7 +105,7 @@ class HalvingRunner:
             _check_room(len(indices) * max(len(samples[i].input_ids) for i in indices))
             return compute(batch), ""
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             message = str(error).split("\n", 1)[0]
         if self.device.type == "cuda":
@@ -118,8 +117,3 @@ def _check_room(num_positions: int) -> None:
     most = failpoint_number("out_of_memory")
     if most is not None and num_positions > most:
         raise torch.OutOfMemoryError(f"a failpoint leaves room for {most} positions")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is used up: torch's own exception for its GPU allocator, a text for everybody else."""
-    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

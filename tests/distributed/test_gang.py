@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ from ray.util.state import list_actors
 
 from rose_ray.config import parse_config
 from rose_ray.distributed.actors import ScoringSpec
+from rose_ray.distributed.checkpoints import warm_up
 from rose_ray.distributed.engine import check_offload
-from rose_ray.distributed.gang import Gang, released_gangs
+from rose_ray.distributed.gang import Gang, Rank, released_gangs
+from rose_ray.distributed.ingest import ingest
+from rose_ray.distributed.job import Job
 from rose_ray.distributed.roll import Enrolment
 from rose_ray.distributed.run import run_job
+from rose_ray.distributed.spaces import SpaceSpec
 from rose_ray.errors import ConfigError, ResourceError
+from rose_ray.stores.workspace import Workspace
 from tests.distributed.conftest import FinishedJob, copy_up_to_warmup
 from tests.distributed.ranks import kill_a_rank
 from tests.distributed.reading import made_stages
-from tests.distributed.tiny import tiny_content
+from tests.distributed.tiny import MAX_TOKENS, tiny_content
 
 SETTINGS = [
     "model.deepspeed.zero_stage=3",
@@ -123,6 +130,34 @@ def test_nvme_is_refused_with_the_reason_where_it_cannot_work(tmp_path: Path) ->
     else:
         with pytest.raises(ResourceError, match="async_io operator, which cannot be built on"):
             check_offload(config.model, "cpu")
+
+
+class ScarceRank(Rank):
+    """The second has no room for two of the longest rows."""
+
+    def budget(self, spaces: Sequence[SpaceSpec]) -> int:
+        if self.number == 1:
+            os.environ["ROSE_RAY_FAILPOINT"] = f"out_of_memory:{MAX_TOKENS}"
+        return super().budget(spaces)
+
+
+class ScarceGang(Gang):
+    kind = ScarceRank
+
+
+@pytest.mark.ray
+def test_a_rank_without_room_for_two_rows_leaves_no_other_waiting(finished: FinishedJob, tmp_path: Path) -> None:
+    copy_up_to_warmup(finished, tmp_path / "workspace")
+    config = parse_config(tiny_content(finished.inputs, tmp_path / "workspace"), SETTINGS)
+    job = Job(Workspace.open(config.workspace), config)
+    warmup = warm_up(job, ingest(job), False)
+    spaces = [each.spec for each in job.feature_sets(warmup).values()]
+    spec = replace(job.spec(warmup, 2 * MAX_TOKENS, spaces), stall_seconds=600)
+    message = rf"2 rows of {MAX_TOKENS} tokens did not fit .* set gradients.max_batch_tokens to {MAX_TOKENS} or so"
+    began = time.monotonic()
+    with released_gangs(spec), pytest.raises(ResourceError, match=message):
+        ScarceGang(spec, Enrolment(None)).call("budget", lambda rank: (spaces,))
+    assert time.monotonic() - began < spec.stall_seconds / 2  # not told by the stall
 
 
 class BrokenRank:

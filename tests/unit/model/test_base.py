@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rose_ray.config.model import DeepSpeedConfig, LoraConfig, ModelConfig
 from rose_ray.data.chat import TULU_TEMPLATE
@@ -151,6 +152,17 @@ def test_the_meta_device_reads_no_weights(copied: Path) -> None:
     assert {p.device.type for p in load_base(_config(copied), device="meta").parameters()} == {"meta"}
     with pytest.raises(ModelError, match="cannot load it as a causal language model"):
         load_base(_config(copied))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_without_fused_attention_is_told_what_to_set(device: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 330}
+    made = Gemma2ForCausalLM(Gemma2Config(num_attention_heads=2, num_key_value_heads=1, **shape))
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"do not run with torch's fused attention\. Set model\.attention: eager\.$"):
+        load_base(_config(tmp_path), device=device)
+    loaded: Any = load_base(_config(tmp_path, attention="eager"), device=device)
+    assert loaded.config._attn_implementation == "eager"
 
 
 def test_lora_targets_that_the_model_lacks_are_named(base_folder: str) -> None:

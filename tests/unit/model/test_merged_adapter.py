@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.errors import ResourceError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.batch import pad_batch
 from rose_ray.model.scoring import ScoringModel
@@ -53,6 +54,23 @@ def test_merged_weights_follow_the_adapter_that_was_loaded_last(base_folder: str
         torch.testing.assert_close(*values, rtol=FLOAT64, atol=0)
         found.append(values[0])
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_without_room_for_copies_the_setting_to_change_is_named(
+    base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _scoring(base_folder, merge_adapter=True)
+    adapter = oracles.random_adapter(model.module, 1)
+    model.load_adapter(adapter)
+
+    def scarce(*arguments: Any, **named: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "addmm", scarce)
+        with pytest.raises(ResourceError, match=r"^no memory for a copy .*Set model\.merge_adapter: never\.$"):
+            model.load_adapter(adapter)
+    assert _num_base_calls(model) > 0  # no copy that was not finished is in use
 
 
 def test_the_base_s_weights_and_the_base_model_stay_as_they_are(base_folder: str) -> None:

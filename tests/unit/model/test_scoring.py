@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.data.tokenize import Sample
+from rose_ray.errors import ModelError
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.batch import pad_batch
 from rose_ray.model.layout import adapter_parameters
@@ -135,9 +144,61 @@ def test_checkpointing_recomputes_activations_without_dropout(
         model.backward_per_sample(pad_batch(SAMPLES), "mean_loss", lambda name, grads: None) for _ in range(2)
     )
     assert torch.equal(first, second)
-    assert model.module.training == checkpointed
     if checkpointed:
         assert _num_saved(model) < _num_saved(ScoringModel(_peft(base_folder), "cpu"))
+
+
+SMALL: dict[str, Any] = {"vocab_size": 330, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (OPTConfig(ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5, **SMALL), ["q_proj", "v_proj"]),
+        (FalconConfig(hidden_dropout=0.5, attention_dropout=0.5, **SMALL), ["query_key_value"]),
+        (
+            MixtralConfig(intermediate_size=32, num_key_value_heads=2, router_jitter_noise=0.5, **SMALL),
+            ["q_proj", "v_proj"],
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_layers_that_recompute_leave_nothing_to_chance(config: PreTrainedConfig, targets: list[str]) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    base.config.use_cache = False
+    lora = LoraConfig(rank=2, alpha=4.0, target_modules=targets)
+
+    num_saved = 0
+
+    def values(checkpointed: bool) -> list[torch.Tensor]:
+        nonlocal num_saved
+        torch.manual_seed(1)
+        adapted: Any = attach_adapter(copy.deepcopy(base), lora, dropout=0.5)
+        if checkpointed:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.train()
+        model = ScoringModel(adapted, "cpu", checkpointed=checkpointed)
+        found, norms = [], []
+        for _ in range(2):
+            grads: list[torch.Tensor] = []
+            batch = pad_batch(SAMPLES)
+            found.append(model.backward_per_sample(batch, "mean_loss", lambda name, each, g=grads: g.append(each)))
+            norms.append(torch.stack([each.square().sum() for each in grads]))
+        assert torch.equal(*found) and torch.equal(*norms)
+        if checkpointed:
+            assert _num_saved(model) < num_saved
+        else:
+            num_saved = _num_saved(model)
+        model.close()
+        assert all(part.training for part in adapted.modules())
+        return [found[0], norms[0]]
+
+    whole, recomputed = values(checkpointed=False), values(checkpointed=True)
+    torch.testing.assert_close(recomputed, whole, rtol=0, atol=0)  # the same operations
+    torch.manual_seed(1)
+    with pytest.raises(ModelError, match="no layer of this model recomputes on its own"):
+        ScoringModel(attach_adapter(copy.deepcopy(base), lora, dropout=0.5), "cpu", checkpointed=True)
 
 
 def _num_saved(model: ScoringModel) -> int:

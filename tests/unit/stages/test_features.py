@@ -14,8 +14,9 @@ import torch
 
 from rose_ray.config.gradients import AdamMode
 from rose_ray.config.model import LoraConfig, ModelConfig
+from rose_ray.data.batches import deal_batches
 from rose_ray.data.conversation import Conversation, Message, canonical_json
-from rose_ray.errors import ConfigError
+from rose_ray.errors import AccountingError, ConfigError, ResourceError
 from rose_ray.kernels.deflated import DeflatedProjection
 from rose_ray.kernels.projection import make_projection
 from rose_ray.kernels.quantization import StoredType
@@ -27,7 +28,7 @@ from rose_ray.model.scoring import ScoringModel
 from rose_ray.model.tokenizer import load_tokeniser
 from rose_ray.schemas import FEATURE_REJECTED, TOKENS, features_schema
 from rose_ray.stages.directions import BatchRunner, DirectionSettings
-from rose_ray.stages.features import ShardFeatures, shard_features
+from rose_ray.stages.features import ShardFeatures, ShardParts, assemble, shard_features, shard_parts
 from rose_ray.stages.tokens import read_samples, tokenize_shard
 from tests import oracles
 from tests.tiny import make_samples
@@ -242,6 +243,50 @@ def test_neighbours_of_a_row_that_does_not_fit_keep_their_numbers(
         assert table["row_id"] == wanted["row_id"] and expected.num_rows == table.num_rows + 1
         found, kept = (np.array(each["feature"].to_pylist()) for each in (table, wanted))
         np.testing.assert_allclose(found, kept, atol=1e-5)  # float32 rounding in batches of other sizes
+
+
+@pytest.mark.parametrize(("lost", "times"), [(True, 0), (False, 2)])
+def test_rows_that_got_no_numbers_or_got_them_twice_end_the_run(
+    model: ScoringModel, checkpoints: list[Checkpoint], lost: bool, times: int
+) -> None:
+    layout = layout_of(model.module)
+    projection = make_projection("sketch", 16, 0, layout.num_parameters)
+    settings, samples = DirectionSettings("torch", "float32", max_batch_tokens=14), read_samples(_tokens())
+    (dealt,) = deal_batches(samples, 14, 1)
+    wrong = replace(dealt, batches=dealt.batches[1:] if lost else [*dealt.batches, dealt.batches[0]])
+    parts = shard_parts(
+        model, [samples[i] for i in dealt.samples], checkpoints, layout, [[projection] * 2], settings, wrong
+    )
+    joined = ShardParts.joined([parts], [dealt.samples], 3)
+    message = rf"^1 of 3 rows, such as r1, got their numbers at checkpoint 1 of 2 not once but {times} times\.$"
+    with pytest.raises(AccountingError, match=message):
+        assemble(joined, _tokens(), ["one", "two"], "float32")
+
+
+@pytest.mark.parametrize(
+    ("most", "bound", "message"),
+    [
+        (13, 14, r"1 row of 14 tokens did not fit into a rank's memory .*: lower model\.max_tokens\.$"),
+        (14, 28, r"2 rows of 14 tokens did not fit .*: set gradients\.max_batch_tokens to 14 or so\.$"),
+    ],
+)
+def test_a_rank_halves_nothing_and_says_what_to_set(
+    model: ScoringModel,
+    checkpoints: list[Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    bound: int,
+    message: str,
+) -> None:
+    (longest,) = (sample for sample in read_samples(_tokens()) if len(sample.input_ids) == 14)
+    samples = [longest, longest]
+    settings = DirectionSettings("torch", "float32", max_batch_tokens=bound)
+    runner = BatchRunner(model, layout_of(model.module), settings)
+    (dealt,) = deal_batches(samples, bound, 1)
+    monkeypatch.setenv("ROSE_RAY_FAILPOINT", f"out_of_memory:{most}")
+    with pytest.raises(ResourceError, match=message):
+        list(runner.run_dealt(samples, dealt, checkpoints[0], []))
+    assert runner.num_halvings == 0
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(

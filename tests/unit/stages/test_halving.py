@@ -28,6 +28,24 @@ def test_halvings_of_runners_out_of_sight_are_counted_while_asked_for(monkeypatc
     assert (none.number, outer.number, inner.number) == (0, 2, 1)
 
 
+def test_a_row_that_did_not_fit_alone_is_tried_again_after_the_others() -> None:
+    samples = [Sample([1] * length, [True] * length) for length in (4, 3, 2)]
+    refused, order = [4, 4, 4, 3], []
+
+    def compute(batch: Batch) -> int:
+        length = batch.input_ids.shape[1]
+        order.append(length)
+        if length in refused:
+            refused.remove(length)
+            raise torch.OutOfMemoryError("taken by a neighbour")
+        return length
+
+    runner = HalvingRunner(torch.device("cpu"), 4)
+    assert [length for _, length in runner.batches(samples, compute)] == [2, 3]
+    assert order == [4, 3, 2, 4, 3]
+    assert runner.too_large == {0: "4 tokens alone: taken by a neighbour"}
+
+
 @pytest.mark.parametrize(
     ("message", "halved"),
     [
