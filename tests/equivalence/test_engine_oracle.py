@@ -23,6 +23,9 @@ FLOAT32 = 2e-5
 DIRECTION = 1e-9
 """Of a direction's length: Gamma magnifies a gradient's rounding where the second moment is tiny."""
 
+BFLOAT16_DIRECTION, BFLOAT16_COSINE = 0.25, 0.1
+"""Of a unit direction's length, and of cosines: what docs/library.md promises, twice what was found."""
+
 STORED = 1e-6
 """On cosines: directions of pairs are float32 whatever the model, and so their sums' rounding is that of float32."""
 
@@ -89,6 +92,19 @@ def test_gradients_are_those_of_autograd_one_by_one(
         found = engine.gradients(collate(SAMPLES, padding=77))
         assert found.shape == (len(SAMPLES), engine.layout.num_parameters)
     assert found.dtype == dtype and error(found, expected) < tolerance
+
+
+def test_a_bfloat16_model_gives_what_is_promised_of_it(base_folder: str, expected: Tensor, adam: AdamMoments) -> None:
+    with GradientEngine(model_of(base_folder).to(torch.bfloat16)) as engine:
+        batch = collate(SAMPLES)
+        for mode in ("sgd", "torch"):
+            moments = None if mode == "sgd" else adam
+            found = engine.features(batch, engine.projection("none"), adam=moments, mode=mode)  # type: ignore[arg-type]
+            wanted = oracle_directions(mode, expected, adam)
+            unit = wanted / wanted.norm(dim=1, keepdim=True)
+            assert error(found.unit_BD, unit) < BFLOAT16_DIRECTION
+            own = found.unit_BD.double()
+            assert float((own @ own.T - unit @ unit.T).abs().max()) < BFLOAT16_COSINE
 
 
 def test_losses_are_those_of_transformers(base_folder: str) -> None:

@@ -38,6 +38,12 @@ from tests.tiny import digest, score_rows
 FLOAT32_ENTRY = 3e-7
 """Features, bank and scores are stored as float32 (6e-8); the model here is float64, so nothing else differs."""
 
+FLOAT32_SCORE = 1e-6
+"""Of scores, sums of cosines: float32 sums in another order, 8e-9 as found here."""
+
+BFLOAT16_SCORE = 2e-3
+"""The same with activations of 8 bits, where another order of a sum rounds otherwise: 1.4e-4 as found here."""
+
 LEAST_SPEARMAN = 0.95
 """Of exact scores, spread by about 0.1, with those from 4096 dimensions: a cosine errs by 1 / sqrt(4096) = 0.016."""
 
@@ -106,10 +112,16 @@ class Stages:
     """The stages on one base model, from samples and pairs to a score table."""
 
     def __init__(
-        self, base: str, checkpoints: Sequence[Checkpoint], projection: tuple[Any, int, int], adam: AdamMode = "torch"
+        self,
+        base: str,
+        checkpoints: Sequence[Checkpoint],
+        projection: tuple[Any, int, int],
+        adam: AdamMode = "torch",
+        dtype: str = "float64",
     ) -> None:
-        config = ModelConfig(base=base, dtype="float32", loader="plain")
-        self.model = load_scoring_model(config, LORA, device="cpu", dtype=torch.float64)
+        config = ModelConfig(base=base, loader="plain", dtype="float32" if dtype == "float64" else dtype)  # type: ignore[arg-type]
+        overriding = torch.float64 if dtype == "float64" else None
+        self.model = load_scoring_model(config, LORA, device="cpu", dtype=overriding)
         self.layout = layout_of(self.model.module)
         self.checkpoints, self.adam = checkpoints, adam
         self.projection = make_projection(*projection, self.layout.num_parameters)
@@ -271,6 +283,23 @@ def test_pool_order_shards_and_batches_do_not_matter(
     for size, max_batch_tokens in ((len(rows), 50), (7, 10**6), (5, 8)):
         parts = [stages.features(shuffled[i : i + size], max_batch_tokens)[0] for i in range(0, len(rows), size)]
         assert _distance(_scores(parts, banks), expected) < FLOAT32_ENTRY
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", FLOAT32_SCORE), ("bfloat16", BFLOAT16_SCORE)])
+def test_nor_do_they_beyond_a_bound_in_the_types_that_jobs_run_in(
+    dtype: str,
+    bound: float,
+    base_folder: str,
+    checkpoints: list[Checkpoint],
+    rows: list[tuple[str, Sample]],
+    banks: list[pa.Table],
+) -> None:
+    stages = Stages(base_folder, checkpoints, ("none", 1, 0), dtype=dtype)
+    expected = _scores([stages.features(rows)[0]], banks)
+    shuffled = [rows[i] for i in np.random.default_rng(3).permutation(len(rows))]
+    for size, max_batch_tokens in ((len(rows), 50), (5, 8)):
+        parts = [stages.features(shuffled[i : i + size], max_batch_tokens)[0] for i in range(0, len(rows), size)]
+        assert _distance(_scores(parts, banks), expected) < bound
 
 
 @pytest.mark.parametrize("kind", ["sketch", "rademacher"])

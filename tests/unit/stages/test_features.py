@@ -18,9 +18,10 @@ from rose_ray.data.batches import deal_batches
 from rose_ray.data.conversation import Conversation, Message, canonical_json
 from rose_ray.errors import AccountingError, ConfigError, ResourceError
 from rose_ray.kernels.deflated import DeflatedProjection
-from rose_ray.kernels.projection import make_projection
+from rose_ray.kernels.projection import ProjectionKind, make_projection
 from rose_ray.kernels.quantization import StoredType
 from rose_ray.kernels.span import SpanProjection
+from rose_ray.model.attention import attend_short_rows
 from rose_ray.model.base import attach_adapter, load_base
 from rose_ray.model.checkpoint import Checkpoint, OptimizerState
 from rose_ray.model.layout import adapter_parameters, layout_of
@@ -300,25 +301,46 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
         _features(model, checkpoints)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "merged", "short_rows"),
+    [
+        ("float32", False, False),
+        ("float32", True, False),
+        ("bfloat16", False, False),
+        ("bfloat16", False, True),
+    ],
+)
 @pytest.mark.parametrize(
     ("value", "reason"),
     [(float("nan"), "non_finite_loss"), (float("inf"), "non_finite_loss"), (3e38, "non_finite_gradient")],
 )
 def test_a_row_that_overflows_changes_no_byte_of_its_neighbours(
-    value: float, reason: str, dtype: str, checkpoints: list[Checkpoint], base_folder: str
+    value: float,
+    reason: str,
+    dtype: str,
+    merged: bool,
+    short_rows: bool,
+    checkpoints: list[Checkpoint],
+    base_folder: str,
 ) -> None:
-    base = load_base(ModelConfig(base=base_folder, dtype=dtype))  # type: ignore[arg-type]
+    base = load_base(ModelConfig(base=base_folder, dtype=dtype, attention="sdpa"))  # type: ignore[arg-type]
+    if short_rows:
+        attend_short_rows(base)
     module = attach_adapter(base, LORA, dropout=0)
     for parameter in adapter_parameters(module).values():
         parameter.data = parameter.data.to(getattr(torch, dtype))
-    model = ScoringModel(module, "cpu")
+    model = ScoringModel(module, "cpu", merge_adapter=merged)
     poison = next(t for t in range(5, 330) if all(t not in sample.input_ids for sample in SAMPLES))
     samples = [SAMPLES[0], replace(SAMPLES[1], input_ids=[*SAMPLES[1].input_ids[:-1], poison]), SAMPLES[2]]
     layout = layout_of(model.module)
-    sketch = make_projection("sketch", 16, 0, layout.num_parameters)
-    common = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(1))
-    spaces = [[sketch] * 2, [DeflatedProjection(sketch, common)] * 2]
+    shapes = [(shape[0], shape[1]) for _, shape in layout.shapes]
+    kinds: tuple[ProjectionKind, ...] = ("sketch", "rademacher", "factored", "none")
+    maps: list[Any] = [make_projection(kind, 16, 0, layout.num_parameters, shapes=shapes) for kind in kinds]
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(layout.num_parameters, generator=generator)
+    basis_JP = torch.nn.functional.normalize(torch.randn(3, layout.num_parameters, generator=generator), dim=1)
+    maps += [DeflatedProjection(maps[0], common), SpanProjection(basis_JP, "drawn")]
+    spaces = [[each] * 2 for each in maps]
     settings = DirectionSettings("torch", "float32", max_batch_tokens=64)
 
     def features() -> ShardFeatures:
@@ -341,3 +363,22 @@ def test_padding_is_counted(model: ScoringModel, checkpoints: list[Checkpoint]) 
     runner = BatchRunner(model, layout, DirectionSettings("torch", "float32", 64, packing=True))
     list(runner.run(SAMPLES, checkpoints[0], []))
     assert runner.num_positions == 9 + 14 + 6
+
+
+@pytest.mark.parametrize("mode", ["torch", "sgd"])
+def test_packed_rows_have_the_features_of_padded_ones(
+    mode: AdamMode, model: ScoringModel, checkpoints: list[Checkpoint]
+) -> None:
+    layout = layout_of(model.module)
+    projection = make_projection("sketch", 16, 0, layout.num_parameters)
+    found = []
+    for packing in (False, True):
+        settings = DirectionSettings(mode, "float32", max_batch_tokens=64, packing=packing)
+        found.append(shard_features(model, _tokens(), checkpoints, layout, [[projection] * 2], settings))
+    padded, packed = found
+    assert packed.num_positions == 9 + 14 + 6 < padded.num_positions
+    for one, other in zip(packed.tables[0], padded.tables[0], strict=True):
+        assert one["row_id"] == other["row_id"]
+        features, expected = (np.array(each["feature"].to_pylist()) for each in (one, other))
+        np.testing.assert_allclose(features, expected, atol=1e-5)  # float32 rounding in sums over other rows
+        np.testing.assert_allclose(one["norm"], other["norm"], rtol=1e-5)
