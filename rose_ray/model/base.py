@@ -64,9 +64,10 @@ def load_base(model: ModelConfig, *, device: str | None = "cpu", dtype: torch.dt
     try:
         if device == "meta":
             config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+            runnable = None if attention == "flash_attention_2" else attention  # whose package the GPUs' nodes have
             with torch.device("meta"):
                 base: nn.Module = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+                    config, attn_implementation=runnable, trust_remote_code=model.trust_remote_code
                 )
         else:
             nf4 = _nf4_settings(device, dtype) if model.quantized == "nf4" and device is not None else {}
