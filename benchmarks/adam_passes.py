@@ -3,9 +3,8 @@
     python benchmarks/adam_passes.py --rounds 6
     python benchmarks/adam_passes.py --rounds 6 --tokens 16384
 
-The engine takes all samples of a batch through one of torch's operators after the other. Beside it: groups of samples
-that stay in a processor's cache from one operator to the next, Adam and norms under torch.compile, and a pass that
-drops the gradients, which nothing can beat.
+The engine takes all samples of a batch through one of torch's operators after the other. Beside it: Adam and norms
+under torch.compile, and a pass that drops the gradients, which nothing can beat.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from benchmarks.engine import DROPPED, Setting, Variant, engine, free_all
 from benchmarks.timing import Pass, compare, write_results
-from rose_ray.kernels.adam import adam_direction
 from rose_ray.kernels.direction_sums import DirectionSums
 
 SIZES = {"small": 96, "base": 48, "large": 24}
@@ -33,14 +31,13 @@ EAGER = "engine, sketch, deflated, D 16384"
 
 def directions(
     grads_BOI: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float, eps: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adam's directions, and the squares of moment term, of moment and gradient term [B], and of directions [B]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's directions, and the lengths of the moment term, and of moment and gradient term [B]."""
     momentum = beta1 * exp_avg
     total_BOI = momentum + (1 - beta1) * grads_BOI
     denominator_BOI = torch.sqrt(scale * beta2 * exp_avg_sq + scale * (1 - beta2) * grads_BOI * grads_BOI) + eps
     direction_BOI = total_BOI / denominator_BOI
-    squares_B = (each.square().flatten(1).sum(1) for each in (total_BOI, direction_BOI))
-    return direction_BOI, momentum.square().sum(), *squares_B  # type: ignore[return-value]
+    return direction_BOI, momentum.square().sum().sqrt(), total_BOI.square().flatten(1).sum(1).sqrt()
 
 
 def adding(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
@@ -50,44 +47,19 @@ def adding(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
         state = sums.state
         factor = 1 - state.adam_beta1 ** (state.num_updates + 1)
         scale = factor * factor / (1 - state.adam_beta2 ** (state.num_updates + 1))
-        direction_BOI, momentum, total_B, square_B = function(
+        direction_BOI, momentum_norm, total_norm_B = function(
             grads_BOI, exp_avg, exp_avg_sq, state.adam_beta1, state.adam_beta2, factor * state.adam_eps, scale
         )
-        sums.momentum_square += momentum.double()
-        sums.total_square_B += total_B.double()
-        sums.square_B += square_B.double()
-        for projection, out_BD in zip(sums.projections, sums.projected, strict=True):
-            projection.add(out_BD, offset, direction_BOI.flatten(1))
+        sums.add_direction(offset, direction_BOI.flatten(1), total_norm_B, momentum_norm)
 
     return add
 
 
-GROUP_NUMBERS = 1 << 18
-"""Gradients of a group, 1 MiB of float32."""
-
-
-def in_groups(
-    sums: DirectionSums, offset: int, grads_BOI: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None
-) -> None:
-    """Add a module in groups of samples, each through Adam, norms and projection before the next."""
-    group = max(1, GROUP_NUMBERS // grads_BOI.shape[1:].numel())
-    for start in range(0, len(grads_BOI), group):
-        rows = slice(start, start + group)
-        adam = adam_direction(grads_BOI[rows], exp_avg, exp_avg_sq, sums.state, sums.mode)
-        direction_Bn = adam.direction_B.flatten(1)
-        sums.square_B[rows] += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
-        sums.total_square_B[rows] += adam.total_square_B
-        if start == 0:
-            sums.momentum_square += adam.momentum_square
-        for projection, out_BD in zip(sums.projections, sums.projected, strict=True):
-            projection.add(out_BD[rows], offset, direction_Bn)
-
-
 def passes(size: str, samples: int, tokens: int) -> dict[str, Pass]:
-    """The engine as it is, in groups, with the same arithmetic compiled, and with gradients dropped."""
+    """The engine as it is, with the same arithmetic compiled, and with gradients dropped."""
     setting = Setting(size, 64, tokens, "cpu", None, samples)
     once = engine(setting, Variant(EAGER, torch.float32, "sketch, deflated", 16384))
-    ways = {"in groups": in_groups, "compiled": adding(torch.compile(directions, dynamic=True))}
+    ways = {"compiled": adding(torch.compile(directions, dynamic=True))}
 
     def another(add: Callable[..., None]) -> Pass:
         def other() -> None:

@@ -188,7 +188,8 @@ def features(
     deflated = DeflatedProjection(project, whole.common_P)
     deflated_ME = torch.zeros(len(vectors_MP), deflated.dim)
     along_M = vectors_MP @ deflated.unit(0, vectors_MP.shape[1]).to(vectors_MP.dtype)
-    deflated.add_sketched(deflated_ME, plain_MD, along_M)
+    deflated_ME[:, :-1] = plain_MD
+    deflated.take_out(deflated_ME, along_M)
     yield f"{kind}, deflated", 1, *_apart(whole, deflated_ME)
 
 

@@ -56,22 +56,27 @@ class DeflatedProjection:
 
     def add(self, out_BE: Tensor, offset: int, values_Bn: Tensor) -> None:
         """See :class:`~rose_ray.kernels.projection.Projection`. The common vector must be on the same device."""
+        self.take_out(out_BE, self.add_all(out_BE, offset, values_Bn))
+
+    def add_all(self, out_BE: Tensor, offset: int, values_Bn: Tensor) -> Tensor:
+        """Do as `add` does, but leave in what is common, and return its amount [B]: `take_out` once for many slices."""
         check_slice(self, out_BE, offset, values_Bn)
         self.inner.add(out_BE[:, :-1], offset, values_Bn)
         unit_n = self.unit(offset, values_Bn.shape[1]).to(out_BE.dtype)
-        self._take_out(out_BE, values_Bn.to(out_BE.dtype) @ unit_n)
+        return values_Bn.to(out_BE.dtype) @ unit_n
 
     def unit(self, offset: int, num_parameters: int) -> Tensor:
         """Return a slice of c, [n]."""
         unit_n: Tensor = self._unit_P[offset : offset + num_parameters]
         return unit_n
 
-    def add_sketched(self, out_BE: Tensor, sketched_BD: Tensor, along_B: Tensor) -> None:
-        """Do as `add` does, given S of a slice's values and their product with `unit`: for a kernel that made both."""
-        out_BE[:, :-1] += sketched_BD
-        self._take_out(out_BE, along_B.to(out_BE.dtype))
+    def take_out(self, out_BE: Tensor, along_B: Tensor) -> None:
+        """Move what is common out of the first D numbers and into the last.
 
-    def _take_out(self, out_BE: Tensor, along_B: Tensor) -> None:
+        Args:
+            out_BE: S of values in the first D.
+            along_B: Product of those values with `unit`.
+        """
         # S is linear, so what it makes of the common part is known without another look at the values.
         out_BE[:, :-1].addr_(along_B, self._sketched_D.to(out_BE.dtype), alpha=-1)
         out_BE[:, -1] += along_B

@@ -5,8 +5,8 @@ Shapes: B batch, D numbers of a projection, n parameters of one module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,28 @@ KernelKind = Literal["torch", "triton"]
 """torch's own operators, or one fused Triton kernel a module."""
 
 
+class EndedSums(NamedTuple):
+    """What a batch's directions come to.
+
+    Attributes:
+        projected: Per projection [B, D], not divided by any length.
+        square_B: Squared length of the direction, float64.
+        total_square_B: ``||b1 m + (1 - b1) g||**2``, float64; 0 where the mode has no momentum.
+        momentum_square: ``||b1 m||**2``, float64 scalar.
+    """
+
+    projected: list[Tensor]
+    square_B: Tensor
+    total_square_B: Tensor
+    momentum_square: Tensor
+
+    def momentum_shares(self) -> Tensor:
+        """Return ``||b1 m|| / ||b1 m + (1 - b1) g||`` of each sample, float64 [B]; 0 without momentum."""
+        tiny = torch.finfo(torch.float64).tiny
+        shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
+        return torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
+
+
 class DirectionSums:
     """Running sums of one batch.
 
@@ -34,11 +56,8 @@ class DirectionSums:
         device: Where.
         dtype: Of the projections' sums, float32 or float64.
 
-    Attributes:
-        projected: Per projection [B, D], not divided by any length.
-        square_B: Squared length of the direction, float64.
-        total_square_B: ``||b1 m + (1 - b1) g||**2``, float64; 0 where the mode has no momentum.
-        momentum_square: ``||b1 m||**2``, float64 scalar.
+    What a module adds to lengths, and what a deflated projection takes out, waits for `ended`: one operation then,
+    instead of several a module.
 
     Raises:
         ConfigError: The kernel is unknown.
@@ -58,10 +77,12 @@ class DirectionSums:
         if kernel not in get_args(KernelKind):
             raise ConfigError(f"kernel is {kernel!r}; expected one of {', '.join(get_args(KernelKind))}")
         self.projections, self.mode, self.state, self.kernel = projections, mode, state, kernel
-        self.projected = [torch.zeros(num_samples, each.dim, dtype=dtype, device=device) for each in projections]
-        self.square_B = torch.zeros(num_samples, dtype=torch.float64, device=device)
-        self.total_square_B = torch.zeros_like(self.square_B)
-        self.momentum_square = torch.zeros((), dtype=torch.float64, device=device)
+        self._projected = [torch.zeros(num_samples, each.dim, dtype=dtype, device=device) for each in projections]
+        self._along_B: list[list[Tensor]] = [[] for _ in projections]
+        self._norms_B, self._total_norms_B, self._momentum_norms = list[Tensor](), list[Tensor](), list[Tensor]()
+        # Of the fused kernel, which adds to them in place.
+        self._square_B = torch.zeros(num_samples, dtype=torch.float64, device=device)
+        self._total_square_B = torch.zeros_like(self._square_B)
 
     def add(self, offset: int, grads_BOI: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
         """Add one module.
@@ -75,18 +96,39 @@ class DirectionSums:
             self._add_fused(offset, grads_BOI.flatten(1), exp_avg, exp_avg_sq)
             return
         adam = adam_direction(grads_BOI, exp_avg, exp_avg_sq, self.state, self.mode)
-        direction_Bn = adam.direction_B.flatten(1)
-        self.square_B += torch.linalg.vector_norm(direction_Bn, dim=1).double().square()
-        self.total_square_B += adam.total_square_B
-        self.momentum_square += adam.momentum_square
-        for projection, out_BD in zip(self.projections, self.projected, strict=True):
-            projection.add(out_BD, offset, direction_Bn)
+        self.add_direction(offset, adam.direction_B.flatten(1), adam.total_norm_B, adam.momentum_norm)
+
+    def add_direction(self, offset: int, direction_Bn: Tensor, total_norm_B: Tensor, momentum_norm: Tensor) -> None:
+        """Add one module's directions, with the lengths of `AdamDirection`."""
+        self._norms_B.append(torch.linalg.vector_norm(direction_Bn, dim=1))
+        self._total_norms_B.append(total_norm_B)
+        self._momentum_norms.append(momentum_norm)
+        self._project(range(len(self.projections)), offset, direction_Bn)
+
+    def _project(self, numbers: Iterable[int], offset: int, direction_Bn: Tensor) -> None:
+        for number in numbers:
+            projection, out_BD = self.projections[number], self._projected[number]
+            if isinstance(projection, DeflatedProjection):
+                self._along_B[number].append(projection.add_all(out_BD, offset, direction_Bn))
+            else:
+                projection.add(out_BD, offset, direction_Bn)
+
+    def ended(self) -> EndedSums:
+        """Return the sums of all modules; called once, after the last."""
+        for projection, out_BD, along_B in zip(self.projections, self._projected, self._along_B, strict=True):
+            if isinstance(projection, DeflatedProjection) and along_B:
+                projection.take_out(out_BD, torch.stack(along_B).sum(0))
+        momentum_square = _sum_of_squares(self._momentum_norms, self._square_B.new_zeros(()))
+        total_square_B = _sum_of_squares(self._total_norms_B, self._total_square_B)
+        return EndedSums(
+            self._projected, _sum_of_squares(self._norms_B, self._square_B), total_square_B, momentum_square
+        )
 
     def _add_fused(self, offset: int, grads_Bn: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
         """Sketch, deflated or not, in the pass that reads the gradients; others read the directions it leaves there."""
         if self.mode in ("torch", "less_code") and exp_avg is not None:
             beta1 = LESS_CODE_BETA1 if self.mode == "less_code" else self.state.adam_beta1
-            self.momentum_square += (beta1 * torch.linalg.vector_norm(exp_avg)).double().square()
+            self._momentum_norms.append(beta1 * torch.linalg.vector_norm(exp_avg))
         exp_avg_n, exp_avg_sq_n = (None if each is None else each.flatten() for each in (exp_avg, exp_avg_sq))
         sketched = [number for number, each in enumerate(self.projections) if _sketch_of(each) is not None][:1]
         for number in sketched:
@@ -96,7 +138,7 @@ class DirectionSums:
             along = None
             if isinstance(first, DeflatedProjection):
                 unit_n = first.unit(offset, grads_Bn.shape[1]).to(torch.float32)
-                along = Along(unit_n, torch.zeros_like(self.square_B))
+                along = Along(unit_n, torch.zeros_like(self._square_B))
             fused_direction_sketch(
                 grads_Bn,
                 exp_avg_n,
@@ -107,15 +149,14 @@ class DirectionSums:
                 dim=sketch.dim,
                 sketch_keys=_keys(sketch, grads_Bn.device),
                 out_BD=out_BD,
-                square_B=self.square_B,
-                total_square_B=self.total_square_B,
+                square_B=self._square_B,
+                total_square_B=self._total_square_B,
                 along=along,
                 direction_out_BP=grads_Bn if len(self.projections) > 1 else None,
             )
-            if isinstance(first, DeflatedProjection) and along is not None:
-                first.add_sketched(self.projected[number], out_BD, along.sum_B)
-            else:
-                self.projected[number] += out_BD
+            self._projected[number][:, : sketch.dim] += out_BD
+            if along is not None:
+                self._along_B[number].append(along.sum_B.to(out_BD.dtype))
         if not sketched:
             fused_direction(
                 grads_Bn,
@@ -123,19 +164,16 @@ class DirectionSums:
                 exp_avg_sq_n,
                 self.state,
                 self.mode,
-                square_B=self.square_B,
-                total_square_B=self.total_square_B,
+                square_B=self._square_B,
+                total_square_B=self._total_square_B,
                 direction_out_BP=grads_Bn,
             )
-        for number, (projection, out_BD) in enumerate(zip(self.projections, self.projected, strict=True)):
-            if number not in sketched:
-                projection.add(out_BD, offset, grads_Bn)
+        self._project([number for number in range(len(self.projections)) if number not in sketched], offset, grads_Bn)
 
-    def momentum_shares(self) -> Tensor:
-        """Return ``||b1 m|| / ||b1 m + (1 - b1) g||`` of each sample, float64 [B]; 0 without momentum."""
-        tiny = torch.finfo(torch.float64).tiny
-        shares_B = (self.momentum_square / self.total_square_B.clamp_min(tiny)).sqrt()
-        return torch.where(self.momentum_square > 0, shares_B, torch.zeros_like(shares_B))
+
+def _sum_of_squares(norms: Sequence[Tensor], start: Tensor) -> Tensor:
+    """Of each row over all modules, float64; squared there, where no square overflows."""
+    return start + torch.stack(list(norms)).double().square().sum(0) if norms else start
 
 
 def _sketch_of(projection: Projection) -> SketchProjection | None:

@@ -182,4 +182,5 @@ def batch_directions(
         sums.add(layout.offsets[name], grads_BOI, moments.exp_avg.get(name), moments.exp_avg_sq.get(name))
 
     losses_B = model.backward_per_sample(batch, "mean_loss", consume)
-    return Directions(sums.projected, sums.square_B.sqrt(), sums.momentum_shares(), losses_B)
+    ended = sums.ended()
+    return Directions(ended.projected, ended.square_B.sqrt(), ended.momentum_shares(), losses_B)

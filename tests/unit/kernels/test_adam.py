@@ -101,8 +101,8 @@ def test_squares_add_up_over_parameters_to_the_momentum_share(mode: AdamMode, be
         grads = torch.randn((4, *shape), generator=generator)
         m, v = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
         result = adam_direction(grads, m, v, _state(3), mode)
-        assert result.momentum_square.dtype is result.total_square_B.dtype is torch.float64
-        momentum, total = momentum + result.momentum_square, total + result.total_square_B
+        momentum = momentum + result.momentum_norm.double().square()
+        total = total + result.total_norm_B.double().square()
         all_grads.append(grads.double().flatten(1))
         all_moments.append(m.double().flatten())
     g, m = torch.cat(all_grads, dim=1), torch.cat(all_moments)
@@ -115,7 +115,7 @@ def test_modes_without_momentum_report_none_of_it_and_need_no_moments() -> None:
     assert adam_direction(grads, None, None, _state(0), "sgd").direction_B is grads
     for mode, second in (("sgd", None), ("v_only", torch.ones(3))):
         result = adam_direction(grads, None, second, _state(0), mode)  # type: ignore[arg-type]
-        assert result.momentum_square.item() == 0 and result.total_square_B.tolist() == [0, 0]
+        assert result.momentum_norm.item() == 0 and result.total_norm_B.tolist() == [0, 0]
 
 
 def test_first_step_without_moments_is_the_sign() -> None:
@@ -138,7 +138,7 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 def test_empty_batch() -> None:
     result = adam_direction(torch.zeros(0, 3), torch.zeros(3), torch.zeros(3), _state(0))
-    assert result.direction_B.shape == (0, 3) and result.total_square_B.shape == (0,)
+    assert result.direction_B.shape == (0, 3) and result.total_norm_B.shape == (0,)
 
 
 def test_what_cannot_be_used_is_refused() -> None:

@@ -43,16 +43,18 @@ def test_sums_are_those_of_each_sample(mode: AdamMode) -> None:
             expected[:, row] += torch.tensor([step.square().sum().item(), total])
         momentum_square += moment
         offset += shape[0] * shape[1]
-    found = torch.stack([sums.square_B, sums.total_square_B])
+    ended = sums.ended()
+    found = torch.stack([ended.square_B, ended.total_square_B])
     torch.testing.assert_close(found, expected, rtol=FLOAT32, atol=0)
-    torch.testing.assert_close(sums.projected[0].double(), vectors, rtol=FLOAT32, atol=FLOAT32)
+    torch.testing.assert_close(ended.projected[0].double(), vectors, rtol=FLOAT32, atol=FLOAT32)
     torch.testing.assert_close(
-        sums.projected[1].double(), vectors @ slow_matrix("sketch", 8, 0, size).T, rtol=FLOAT32, atol=FLOAT32
+        ended.projected[1].double(), vectors @ slow_matrix("sketch", 8, 0, size).T, rtol=FLOAT32, atol=FLOAT32
     )
-    assert float(sums.momentum_square) == pytest.approx(momentum_square, rel=FLOAT32)
+    assert float(ended.momentum_square) == pytest.approx(momentum_square, rel=FLOAT32)
 
 
 def test_a_batch_of_no_samples() -> None:
     sums = DirectionSums(0, [NoProjection(6)], "torch", STATE)
     sums.add(0, torch.zeros(0, 2, 3), torch.ones(2, 3), torch.ones(2, 3))
-    assert sums.projected[0].shape == (0, 6) and sums.momentum_shares().shape == (0,)
+    ended = sums.ended()
+    assert ended.projected[0].shape == (0, 6) and ended.momentum_shares().shape == (0,)

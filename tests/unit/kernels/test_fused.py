@@ -138,7 +138,7 @@ def _check_direction(call: _Call, mode: AdamMode) -> Tensor:
     expected = adam_direction(grads, call.avg.cpu(), call.sq.cpu(), _state(), mode)
     atol = DIRECTION_RELATIVE * float(expected.direction_B.abs().max())
     torch.testing.assert_close(call.direction.cpu(), expected.direction_B, rtol=DIRECTION_RELATIVE, atol=atol)
-    return expected.total_square_B
+    return expected.total_norm_B.double().square()
 
 
 @runs_the_kernel
@@ -329,7 +329,7 @@ def test_sums_of_a_batch_are_those_of_torch(kinds: str, mode: AdamMode) -> None:
                 offset, grads_BOI.to(DEVICE), avg.to(DEVICE) if has_avg else None, sq.to(DEVICE) if has_sq else None
             )
             offset += shape[0] * shape[1]
-        sums.append(made)
+        sums.append(made.ended())
     ours, fused = sums
     for one, other in zip(ours.projected, fused.projected, strict=True):
         # float32 sums of some 600 terms whose order differs, of the largest one
@@ -385,7 +385,7 @@ def test_the_common_part_is_taken_out_to_rounding_however_large_it_is(kernel: Ke
     sketched = torch.zeros(3, dim, dtype=torch.float64)
     inner.add(sketched, 0, exact_BP - along_B[:, None] * common)
     expected = torch.cat([sketched, along_B[:, None]], dim=1)
-    found = sums.projected[0].double().cpu()
+    found = sums.ended().projected[0].double().cpu()
     assert float((found - expected).norm(dim=1).max()) < UNIT_ROUNDING
 
 
