@@ -104,6 +104,7 @@ class OurPass:
         module = copy.deepcopy(problem.model)
         self.layout = layout_of(module)
         self.model = ScoringModel(module, "cpu", merge_adapter=True)
+        self.model.load_adapter(self.model.weights)
         names = [name for name, _ in self.layout.shapes]
         avg, avg_sq = (dict(zip(names, problem.split(flat).values(), strict=True)) for flat in problem.moments)
         state = OptimizerState(100, 1e-4, 0.9, 0.999, 1e-8, 1.0, 1)

@@ -134,7 +134,9 @@ class ProbeActor(BankActor):
     def need(self) -> MemoryNeed:
         """Return what batches take of this actor's device, and what there is."""
         run, length = self.longest_rows(self._maps())
-        return memory_need(run, length, memory_meter(self.model.device), self.spec.memory_share)
+        meter, configured = memory_meter(self.model.device), self.spec.gradients.max_batch_tokens
+        one_row_only = configured != "auto" and configured < 2 * length
+        return memory_need(run, length, meter, self.spec.memory_share, one_row_only=one_row_only)
 
     def host_memory(self) -> tuple[int, int]:
         """Return the bytes of the host's memory that scoring takes of this process, and all that it could take."""

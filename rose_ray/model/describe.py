@@ -9,6 +9,7 @@ import torch
 from rose_ray.config.model import LoraConfig, ModelConfig
 from rose_ray.model.base import attach_adapter, base_digest, load_base
 from rose_ray.model.layout import ParameterLayout, layout_of
+from rose_ray.model.recompute import recomputing_layers
 from rose_ray.model.tokenizer import load_tokeniser, resolve_base, text_digest
 
 
@@ -34,11 +35,14 @@ def describe_model(model: ModelConfig, lora: LoraConfig) -> ModelIdentity:
     """Look at a base model without loading its weights into a model.
 
     Raises:
-        ModelError: The base, its tokenizer or template cannot be used, or it lacks a LoRA target.
+        ModelError: The base, its tokenizer or template cannot be used, it lacks a LoRA target, or it is to recompute
+            activations and cannot.
     """
     folder = resolve_base(model)
     text = text_digest(load_tokeniser(model))
     base = load_base(model, device="meta")
+    if model.gradient_checkpointing:
+        recomputing_layers(base)
     size = getattr(torch, model.dtype).itemsize  # on the meta device it has another type
     sizes = [size * parameter.numel() for parameter in base.parameters()]
     layout = layout_of(attach_adapter(base, lora, dropout=0.0))

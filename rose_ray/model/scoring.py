@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rose_ray.errors import ModelError
 from rose_ray.kernels.per_sample import GradientConsumer
 from rose_ray.model.batch import Batch
 from rose_ray.model.layout import adapter_parameters
+from rose_ray.model.recompute import recompute_in_evaluation
 from rose_ray.model.taps import Taps
 from rose_ray.model.values import Reduction, forget_logit_shape, sample_values
 
@@ -51,7 +49,7 @@ class ScoringModel:
         self._training = [(part, part.training) for part in module.modules()]
         module.requires_grad_(False)
         module.eval()
-        self._recomputing = _recompute_in_evaluation(module) if checkpointed else {}
+        self._recomputing = recompute_in_evaluation(module) if checkpointed else {}
 
     def close(self) -> None:
         """Give the module back as it came: what was trainable, in training mode, its layers' own forward passes.
@@ -117,35 +115,3 @@ class ScoringModel:
             before_backward(values_B.detach())
             values_B.sum().backward()
         return values_B.detach()
-
-
-def _recompute_in_evaluation(module: nn.Module) -> dict[Any, Callable[..., Any]]:
-    """Let layers recompute while all of the model is in evaluation mode; return what each recomputed with.
-
-    Hugging Face's layers look whether they are in training mode, and then run in it: with dropout and the like,
-    wherever they read its share from. So they are in it while they look, and not while they run.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[Any] = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
-    found = {layer: layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing}
-    if not found:
-        raise ModelError(
-            "model.gradient_checkpointing: no layer of this model recomputes on its own. Set it to false, and lower "
-            "gradients.max_batch_tokens where memory is short."
-        )
-    for layer, recompute in found.items():
-        layer.training = True
-        layer._gradient_checkpointing_func = functools.partial(_in_evaluation, layer, recompute)
-    return found
-
-
-def _in_evaluation(layer: nn.Module, recompute: Callable[..., Any], run: Callable[..., Any], *hidden: Any) -> Any:
-    def once(*hidden: Any) -> Any:
-        layer.training = False
-        try:
-            return run(*hidden)
-        finally:
-            layer.training = True
-
-    return recompute(once, *hidden)

@@ -47,7 +47,9 @@ class MemoryNeed:
         return max(self.row_tokens, min(most_tokens, rows * self.row_tokens))
 
 
-def memory_need(run: Callable[[int], object], row_tokens: int, meter: MemoryMeter, share: float = 1.0) -> MemoryNeed:
+def memory_need(
+    run: Callable[[int], object], row_tokens: int, meter: MemoryMeter, share: float = 1.0, *, one_row_only: bool = False
+) -> MemoryNeed:
     """Measure one and two rows of the longest length.
 
     Args:
@@ -55,8 +57,11 @@ def memory_need(run: Callable[[int], object], row_tokens: int, meter: MemoryMete
         row_tokens: Length of the longest row.
         meter: Of the device.
         share: Part of the device's memory that is this process's.
+        one_row_only: No batch will have two such rows, so there need be no room for them; ``per_row`` is 0.
     """
     run(1)  # what is kept from the first pass on, such as tables, is no cost of a batch
+    if one_row_only:
+        return MemoryNeed(row_tokens, meter.peak_bytes(lambda: run(1)), 0, int(share * meter.available_bytes()))
     one, two = (meter.peak_bytes(lambda rows=rows: run(rows)) for rows in (1, 2))  # type: ignore[misc]
     return MemoryNeed(row_tokens, one, max(1, two - one), int(share * meter.available_bytes()))
 

@@ -132,8 +132,8 @@ class BatchRunner(HalvingRunner):
             directions, error = self.attempt(every, rows, compute)
             longest = max(len(every[i].input_ids) for i in rows)
             if directions is None:
-                one = len(rows) == 1
-                remedy = "lower model.max_tokens" if one else f"set gradients.max_batch_tokens to {longest} or so"
+                one, half = len(rows) == 1, len(rows) * longest // 2
+                remedy = "lower model.max_tokens" if one else f"set gradients.max_batch_tokens to {half} or so"
                 raise ResourceError(
                     f"{len(rows)} row{'' if one else 's'} of {longest} tokens did not fit into a rank's memory "
                     f"({error}). Ranks that share a model cannot halve a batch on their own: {remedy}."

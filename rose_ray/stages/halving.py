@@ -81,7 +81,7 @@ class HalvingRunner:
             if result is not None:
                 self.num_positions += sum(lengths[i] for i in indices) if self.packing else size
                 yield indices, result
-            elif len(indices) == 1 and indices[0] not in put_off:
+            elif len(indices) == 1 and indices[0] not in put_off and indices[0] not in self.too_large:
                 put_off.add(indices[0])  # others that share the device may have let go of it by the end
                 waiting.insert(0, indices)
             elif len(indices) == 1:

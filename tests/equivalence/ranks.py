@@ -56,8 +56,8 @@ def scoring_gradients(
 
     Returns:
         For each case: ``grads`` (number of an own batch -> [B, P]), ``values`` (likewise, [B]), ``references`` (summed
-        log-probabilities without the adapter, likewise), and ``away``, the number of base parameters of which this
-        rank holds no whole copy between passes.
+        log-probabilities without the adapter, likewise), ``away``, the number of base parameters of which this rank
+        holds no whole copy between passes, and ``calls``, how often an adapted layer ran in the last batch's passes.
     """
     import torch
 
@@ -74,17 +74,20 @@ def scoring_gradients(
         model = load_scoring_model(model_config, lora, device="cpu", group=group, dtype=wide)
         names = [name for name, _ in layout_of(model.module).shapes]
         own = {number: pad_batch(batches[number]) for number in range(rank, len(batches), num_ranks)}
-        grads, values, references = {}, {}, {}
+        grads, values, references, calls = {}, {}, {}, list[Any]()
+        adapted = next(module for module in model.module.modules() if hasattr(module, "lora_A"))
+        adapted.register_forward_hook(lambda module, given, made, calls=calls: calls.append(None))
         for adapter in adapters:
             model.load_adapter(adapter)
             for number, batch in own.items():
                 with torch.no_grad(), model.without_adapter():
                     references[number] = model.sample_values(batch, "sum_logps").numpy()
                 kept, consume = collect(names)
+                calls.clear()
                 values[number] = model.backward_per_sample(batch, "mean_loss", consume).numpy()
                 grads[number] = rows_of(kept).numpy()
         away = sum(p.numel() == 0 for name, p in model.module.named_parameters() if "lora_" not in name)
-        results.append({"grads": grads, "values": values, "references": references, "away": away})
+        results.append({"grads": grads, "values": values, "references": references, "away": away, "calls": len(calls)})
     return results
 
 

@@ -124,6 +124,7 @@ def test_gradients_do_not_depend_on_who_holds_the_parameters(
             np.testing.assert_allclose(_merged(parts, key), oracle[key], rtol=bound, err_msg=f"{key} of {case}")
         errors = np.linalg.norm(_merged(parts, "grads") - oracle["grads"], axis=1)
         assert (errors < bound * np.linalg.norm(oracle["grads"], axis=1)).all(), case
+        assert [part["calls"] for part in parts] == num_ranks * [1 + case.get("checkpointing", False)], case
         for part in parts:  # that the large matrices are gathered on demand is what makes this a test of stage 3
             assert part["away"] >= NUM_WIDE_MATRICES if case["zero_stage"] == 3 else part["away"] == 0, case
 

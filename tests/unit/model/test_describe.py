@@ -58,3 +58,13 @@ def test_rank_and_targets_are_in_the_layout_not_in_the_base(base_folder: str) ->
 def test_a_lora_target_that_the_model_lacks_is_found_before_any_weights_are_read(base_folder: str) -> None:
     with pytest.raises(ModelError, match=r"no linear layer \['wq'\]"):
         describe_model(ModelConfig(base=base_folder), LORA.model_copy(update={"target_modules": ["wq"]}))
+
+
+def test_a_model_that_cannot_recompute_is_refused_before_anything_runs(
+    base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(base=base_folder, gradient_checkpointing=True)
+    describe_model(config, LORA)
+    monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", type("Absent", (), {}))
+    with pytest.raises(ModelError, match="no layer of this model recomputes on its own"):
+        describe_model(config, LORA)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rose_ray.model.memory import ProcessMeter, memory_meter
-from rose_ray.stages.budget import USED_FRACTION, measured_budget
+from rose_ray.stages.budget import USED_FRACTION, measured_budget, memory_need
 
 MIB = 2**20
 
@@ -48,6 +48,19 @@ def test_rows_fill_the_memory_and_no_more(available_mib: int, most: int, expecte
 def test_a_process_s_share_counts() -> None:
     device = _Linear(1000 * MIB)
     assert measured_budget(device.run, 128, 10**6, device, share=0.5) == 30 * 128
+
+
+def test_one_row_is_enough_where_no_batch_has_two() -> None:
+    device = _Linear(1000 * MIB)
+    most: list[int] = []
+
+    def run(rows: int) -> None:
+        most.append(rows)
+        device.run(rows)
+
+    one = memory_need(run, 128, device, one_row_only=True)
+    assert set(most) == {1} and one.per_row == 0
+    assert one.peak_bytes(255) == one.one_row == memory_need(device.run, 128, device).one_row
 
 
 def test_the_process_meter_sees_a_peak_that_has_passed() -> None:

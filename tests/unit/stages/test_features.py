@@ -269,6 +269,7 @@ def test_rows_that_got_no_numbers_or_got_them_twice_end_the_run(
     [
         (13, 14, r"1 row of 14 tokens did not fit into a rank's memory .*: lower model\.max_tokens\.$"),
         (14, 28, r"2 rows of 14 tokens did not fit .*: set gradients\.max_batch_tokens to 14 or so\.$"),
+        (28, 56, r"4 rows of 14 tokens did not fit .*: set gradients\.max_batch_tokens to 28 or so\.$"),
     ],
 )
 def test_a_rank_halves_nothing_and_says_what_to_set(
@@ -280,7 +281,7 @@ def test_a_rank_halves_nothing_and_says_what_to_set(
     message: str,
 ) -> None:
     (longest,) = (sample for sample in read_samples(_tokens()) if len(sample.input_ids) == 14)
-    samples = [longest, longest]
+    samples = [longest] * 4
     settings = DirectionSettings("torch", "float32", max_batch_tokens=bound)
     runner = BatchRunner(model, layout_of(model.module), settings)
     (dealt,) = deal_batches(samples, bound, 1)
