@@ -12,6 +12,7 @@ section's first point would give. The plot needs `pip install matplotlib`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 from collections.abc import Mapping
@@ -172,11 +173,14 @@ def main() -> None:
         "device": options.device,
         "rounds": rounds,
         "D": DIM,
-        "projection": "sketch",
+        "projection": "sketch, deflated",
         "batch tokens": BATCH_TOKENS,
     }
     name = f"growth-{options.size}-{options.device}"
     write_results(name, sections, facts, options.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: pip install matplotlib, then --plot with the results file")
+        return
     plot(sections, options.out / f"{machine()['date']}-{name}.svg")
 
 
