@@ -135,7 +135,7 @@ def assemble(
         stored_dtype: Of the features.
 
     Raises:
-        AccountingError: Rows got lost: a bug, never bad input.
+        AccountingError: A row got no numbers, or got them twice: a bug, never bad input.
     """
     samples, row_ids = read_samples(tokens), tokens["row_id"].to_pylist()
     _check_filled(parts, row_ids)
