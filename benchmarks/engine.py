@@ -15,8 +15,8 @@ import argparse
 import functools
 import gc
 import multiprocessing
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import nn
 
 from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, pool_samples, shared_direction
 from benchmarks.plain import full_logits_step, label_only_step
-from benchmarks.timing import ROUNDS, Pass, ratio, time_in_turns, write_results
+from benchmarks.timing import ROUNDS, Pass, Prepared, ratio, time_in_turns, write_results
 from rose_ray.data.batches import length_batches, padding_fraction
 from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.deflated import DeflatedProjection
@@ -146,29 +146,26 @@ def engine(setting: Setting, variant: Variant) -> Pass:
     layout = layout_of(module)
     batches = setting.batches()
 
-    def scoring() -> ScoringModel:
-        model = ScoringModel(module, setting.device, merge_adapter=variant.merge_adapter)
-        model.load_adapter(model.weights)
-        return model
+    def scoring(run: Callable[[ScoringModel, Batch], object]) -> Pass:
+        def once(model: ScoringModel) -> None:
+            model.load_adapter(model.weights)
+            for batch in batches:
+                run(model, batch)
+
+        @contextmanager
+        def around() -> Iterator[Pass]:
+            with closing(ScoringModel(module, setting.device, merge_adapter=variant.merge_adapter)) as model:
+                yield functools.partial(once, model)
+
+        return Prepared(around)
 
     if variant.projection == "dropped":
-
-        def dropping() -> None:
-            with closing(scoring()) as model:
-                for batch in batches:
-                    model.backward_per_sample(batch, "mean_loss", lambda name, grads_BOI: None)
-
-        return dropping
+        return scoring(lambda model, batch: model.backward_per_sample(batch, "mean_loss", lambda name, grads_BOI: None))
     moments = shared_moments(setting, module)
     projections = _projections(variant, layout, moments, setting.device)
     settings = DirectionSettings("torch", "float16", setting.tokens, kernel=variant.kernel)
 
-    def once() -> None:
-        with closing(scoring()) as model:
-            for batch in batches:
-                batch_directions(model, batch, moments, layout, projections, settings)
-
-    return once
+    return scoring(lambda model, batch: batch_directions(model, batch, moments, layout, projections, settings))
 
 
 def _scored_model(setting: Setting, dtype: torch.dtype) -> nn.Module:

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -19,6 +20,19 @@ from typing import Any
 import torch
 
 Pass = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pass and what a process does once before it, which is not timed."""
+
+    around: Callable[[], AbstractContextManager[Pass]]
+
+    def __call__(self) -> object:
+        """Run both."""
+        with self.around() as once:
+            return once()
+
 
 ROUNDS = "seconds of each round"
 """Key of a row's raw numbers."""
@@ -71,6 +85,9 @@ def time_in_turns(
 
 def timed(once: Pass, device: str) -> float:
     """Return the seconds of a pass: the process's CPU seconds, or on ``cuda`` wall seconds up to the device's end."""
+    if isinstance(once, Prepared):
+        with once.around() as prepared:
+            return timed(prepared, device)
     if device == "cpu":
         start = time.process_time()
         once()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rose_ray.kernels.per_sample import GradientConsumer
 from rose_ray.model.batch import Batch
+from rose_ray.model.labelled_positions import LabelledPositions
 from rose_ray.model.layout import adapter_parameters
 from rose_ray.model.recompute import recompute_in_evaluation
 from rose_ray.model.taps import Taps
@@ -49,6 +50,7 @@ class ScoringModel:
         self._training = [(part, part.training) for part in module.modules()]
         module.requires_grad_(False)
         module.eval()
+        self.labelled_positions = LabelledPositions(module)
         self._recomputing = recompute_in_evaluation(module) if checkpointed else {}
 
     def close(self) -> None:
@@ -56,6 +58,7 @@ class ScoringModel:
 
         Once, after which this is of no use.
         """
+        self.labelled_positions.remove()
         self.taps.remove()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
@@ -90,7 +93,8 @@ class ScoringModel:
 
     def sample_values(self, batch: Batch, reduction: Reduction) -> Tensor:
         """Return each sample's value: see ``sample_values``."""
-        return sample_values(self.module, batch, reduction)
+        with self.labelled_positions.of(batch):
+            return sample_values(self.module, batch, reduction)
 
     def backward_per_sample(
         self,
@@ -110,8 +114,8 @@ class ScoringModel:
         Returns:
             The values [B], detached.
         """
-        with self.taps.sending_to(consume, batch.lengths):
-            values_B = self.sample_values(batch, reduction)
+        with self.labelled_positions.of(batch), self.taps.sending_to(consume, batch, self.labelled_positions.holds):
+            values_B = sample_values(self.module, batch, reduction)
             before_backward(values_B.detach())
             values_B.sum().backward()
         return values_B.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from rose_ray.kernels.per_sample import (
     merged_lora,
     packed_weight_gradients,
 )
+from rose_ray.model.batch import Batch
 from rose_ray.model.memory import is_out_of_memory
 
 ADAPTER = "default"
@@ -41,7 +42,7 @@ class Taps:
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._consume: GradientConsumer | None = None
-        self._packed_lengths: Sequence[int] | None = None
+        self._lengths: dict[str, Sequence[int] | None] = {}
         self._merged: dict[str, Tensor] = {}
         self._received: set[str] = set()
         self._layers: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "lora_A")}
@@ -83,18 +84,23 @@ class Taps:
             del layer.forward
 
     @contextmanager
-    def sending_to(self, consume: GradientConsumer, packed_lengths: Sequence[int] | None) -> Iterator[None]:
+    def sending_to(
+        self, consume: GradientConsumer, batch: Batch, labelled_only: Callable[[str], bool] = lambda name: False
+    ) -> Iterator[None]:
         """Send each weight's gradients [B, O, I] to ``consume`` during backward.
 
         Args:
             consume: Receives ``(name, gradients)``; runs without autograd.
-            packed_lengths: Tokens of each sample where they lie end to end in one row, else None.
+            batch: What goes through the model.
+            labelled_only: Whether a layer gets the batch's labelled positions alone, end to end in one row.
 
         Raises:
-            ModelError: In the backward pass: a layer ran more than once in the forward pass, so that no single call
-                has the whole gradient of its weights.
+            ModelError: A layer takes no rows of tokens [B, S, I]; or, in the backward pass, it ran more than once in
+                the forward pass, so that no single call has the whole gradient of its weights.
         """
-        self._consume, self._packed_lengths = consume, packed_lengths
+        counts = batch.labels.counts_B.tolist()
+        self._lengths = {n: counts if labelled_only(n) else batch.lengths for n in self._layers}
+        self._consume = consume
         self._received.clear()
         try:
             yield
@@ -105,7 +111,14 @@ class Taps:
         if layer.disable_adapters:
             base_BSO: Tensor = layer.base_layer(hidden_BSI)
             return base_BSO
-        receive = functools.partial(self._receive, name) if self._consume is not None else None
+        receive = None
+        if self._consume is not None:
+            if hidden_BSI.dim() != 3:
+                raise ModelError(
+                    f"{name} takes a tensor of shape {list(hidden_BSI.shape)}, in which tokens no longer stand row by "
+                    "row. Leave it out of lora.target_modules."
+                )
+            receive = functools.partial(self._receive, name)
         scaling = layer.scaling[ADAPTER]
         if name in self._merged:
             return merged_lora(hidden_BSI, self._merged[name], layer.base_layer.bias, *weights, scaling, receive)
@@ -122,11 +135,12 @@ class Taps:
                 "before Adam, which sees them call by call. Leave it out of lora.target_modules."
             )
         self._received.add(weight)
+        lengths = self._lengths[name]
         with torch.no_grad():
-            if self._packed_lengths is None:
+            if lengths is None:
                 grads_BOI = linear_weight_gradients(input_BSI, output_grad_BSO)
             else:
-                grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], self._packed_lengths)
+                grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], lengths)
             consume(weight, grads_BOI)
 
 

@@ -8,8 +8,12 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 
+from rose_ray.data.tokenize import Sample
 from rose_ray.errors import ModelError
+from rose_ray.model.batch import pad_batch
 from rose_ray.model.taps import Taps
+
+BATCH = pad_batch([Sample([1, 2, 3, 4], [False, True, True, True])] * 2)
 
 
 class Repeating(nn.Module):
@@ -28,12 +32,16 @@ class Repeating(nn.Module):
         return hidden_BSI
 
 
-def backward(module: Repeating) -> list[str]:
+def tapped(module: Repeating) -> Taps:
     factors = {key: getattr(module.layer, f"lora_{key}")["default"].weight for key in "AB"}
-    taps = Taps(module, {f"layer.lora_{key}.weight": weight for key, weight in factors.items()})
+    return Taps(module, {f"layer.lora_{key}.weight": weight for key, weight in factors.items()})
+
+
+def backward(module: Repeating) -> list[str]:
+    taps = tapped(module)
     received: list[str] = []
     for _ in range(2):
-        with taps.sending_to(lambda name, grads_BOI: received.append(name), None):
+        with taps.sending_to(lambda name, grads_BOI: received.append(name), BATCH):
             module(torch.ones(2, 4, 3)).sum().backward()
     return received
 
@@ -45,3 +53,12 @@ def test_each_pass_sends_every_weight_s_gradients_once() -> None:
 def test_a_layer_that_runs_twice_is_refused() -> None:
     with pytest.raises(ModelError, match=r"^layer runs more than once in a forward pass: .*lora\.target_modules\.$"):
         backward(Repeating(2))
+
+
+def test_a_layer_that_takes_tokens_in_another_order_is_refused() -> None:
+    module = Repeating(1)
+    taps = tapped(module)
+    message = r"^layer takes a tensor of shape \[8, 3\], .* Leave it out of lora\.target_modules\.$"
+    with pytest.raises(ModelError, match=message), taps.sending_to(lambda name, grads_BOI: None, BATCH):
+        module(torch.ones(8, 3))
+    assert module(torch.ones(8, 3)).shape == (8, 3)  # nobody asks for gradients

@@ -1,0 +1,254 @@
+"""What no loss reads is not computed, and nothing else is left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+)
+
+from rose_ray.model.batch import Batch, pack_batch, pad_batch
+from rose_ray.model.labelled_positions import LabelledPositions
+from rose_ray.model.layout import adapter_parameters
+from rose_ray.model.scoring import ScoringModel
+from rose_ray.model.values import sample_values
+from tests import oracles
+from tests.tiny import make_samples, tiny_config
+
+FLOAT64 = 1e-9
+"""Relative to a weight's largest gradient: the sums of two dozen tokens in another order, through two layers."""
+
+FLOAT32_WITHIN = 1e-5
+"""The same for models whose norms or capped products are float32 whatever the type of their weights."""
+
+SAMPLES = make_samples((12, 5, 21), 330)
+SIZES = {"vocab_size": 330, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {"initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+"""Weights under which attention is far from uniform."""
+
+LLAMA = {"layers.1.mlp", "layers.1.post_attention_layernorm", "layers.1.self_attn.o_proj", "norm"}
+QUERIES = "layers.1.self_attn.q_proj"
+NORMS = {"layers.1.pre_feedforward_layernorm", "layers.1.post_feedforward_layernorm"}
+MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
+    "llama": (lambda: tiny_config("llama", 330), LLAMA | {QUERIES}),
+    "qwen3": (lambda: tiny_config("qwen3", 330), LLAMA | {QUERIES, "layers.1.self_attn.q_norm"}),
+    "sliding window": (lambda: tiny_config("mistral", 330), LLAMA | {QUERIES}),
+    "divided logits": (lambda: tiny_config("granite", 330), LLAMA | {QUERIES}),
+    "capped logits": (
+        lambda: Gemma2Config(
+            **SIZES, **WIDE, intermediate_size=48, num_key_value_heads=2, head_dim=8, attn_implementation="eager"
+        ),
+        LLAMA | NORMS | {QUERIES},
+    ),
+    "one matrix for query, key and value": (
+        lambda: Phi3Config(**SIZES, **WIDE, intermediate_size=48, num_key_value_heads=2),
+        LLAMA,
+    ),
+    "experts": (
+        lambda: MixtralConfig(
+            **SIZES,
+            **WIDE,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            experts_implementation="eager",
+        ),
+        LLAMA | {QUERIES},
+    ),
+    "feed-forward beside attention, added in place": (
+        lambda: FalconConfig(**SIZES, **WIDE, parallel_attn=True, multi_query=True),
+        {"h.1.mlp", "h.1.self_attention.dense", "ln_f"},
+    ),
+    "two norms beside each other": (
+        lambda: GPTNeoXConfig(**SIZES, **WIDE, intermediate_size=48),
+        {"layers.1.mlp", "layers.1.attention.dense", "layers.1.post_attention_layernorm", "final_layer_norm"},
+    ),
+    "layers without a feed-forward module": (
+        lambda: OPTConfig(**SIZES, **WIDE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
+        {
+            "decoder.layers.1.self_attn.out_proj",
+            QUERIES.replace("layers", "decoder.layers"),
+            "decoder.final_layer_norm",
+        },
+    ),
+}
+
+
+IN_FLOAT32 = ("capped logits",)
+TARGETS = {"experts": r".*\.[qkvo]_proj", "layers without a feed-forward module": r".*\.([qkv]|out)_proj"}
+"""Elsewhere every linear layer; these models' others take no rows of tokens."""
+
+PACKABLE = ("llama", "qwen3", "divided logits")
+"""Whose attention keeps packed rows apart by their positions; a sliding window is tested elsewhere."""
+
+
+def _model(kind: str) -> Any:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(MODELS[kind][0](), dtype=torch.float64)
+    base.config.use_cache = False
+    lora = PeftLoraConfig(r=2, lora_alpha=4, target_modules=TARGETS.get(kind, "all-linear"), task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).double().eval()
+    oracles.set_adapter(model, oracles.random_adapter(model, 3))
+    return model
+
+
+def _gradients(model: ScoringModel, batch: Batch) -> dict[str, Tensor]:
+    kept, consume = oracles.collect(list(model.weights))
+    model.backward_per_sample(batch, "mean_loss", consume)
+    return kept
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_modules_are_found_and_gradients_are_those_of_autograd_a_sample_at_a_time(kind: str) -> None:
+    peft_model = _model(kind)
+    expected = [oracles.gradient(peft_model, (s.input_ids, s.loss_mask), "mean_loss")[1] for s in SAMPLES]
+    model = ScoringModel(peft_model, "cpu", merge_adapter=True)
+    model.load_adapter({name: weight.clone() for name, weight in model.weights.items()})
+    prefix = f"base_model.model.{peft_model.get_base_model().base_model_prefix}."
+    assert set(model.labelled_positions.names) == {prefix + name for name in MODELS[kind][1]}
+    batches = [pad_batch(SAMPLES), *([pack_batch(SAMPLES)] if kind in PACKABLE else [])]
+    for found in (_gradients(model, batch) for batch in batches):
+        for row, named in enumerate(expected):
+            for name, wanted in named.items():
+                share = FLOAT32_WITHIN if kind in IN_FLOAT32 else FLOAT64
+                atol = share * float(wanted.abs().max()) + 1e-15
+                torch.testing.assert_close(found[name][row], wanted, rtol=0, atol=atol, msg=f"{name}, row {row}")
+
+
+def test_modules_get_the_labelled_positions_alone() -> None:
+    peft_model = _model("llama")
+    model = ScoringModel(peft_model, "cpu")
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    layers = peft_model.get_base_model().model.layers
+    for name, part in (("lower", layers[0].mlp.gate_proj), ("last", layers[1].mlp.gate_proj)):
+        part.base_layer.register_forward_hook(
+            lambda _m, args, _output, name=name: seen.setdefault(name, []).append(tuple(args[0].shape))
+        )
+    batch = pad_batch(SAMPLES)
+    _gradients(model, batch)
+    model.sample_values(batch, "sum_logps")
+    assert seen == {"lower": 2 * [(3, 21, 32)], "last": 2 * [(1, len(batch.labels.flat_T), 32)]}
+    seen.clear()
+    peft_model(batch.input_ids)  # what reads states at every position, as embeddings of rows do
+    assert seen == {"lower": [(3, 21, 32)], "last": [(3, 21, 32)]}
+
+
+def test_a_closed_model_runs_everything_everywhere() -> None:
+    peft_model = _model("llama")
+    hooks = [dict(part._forward_hooks) | dict(part._forward_pre_hooks) for part in peft_model.modules()]
+    model = ScoringModel(peft_model, "cpu")
+    assert model.labelled_positions.names
+    model.close()
+    assert hooks == [dict(part._forward_hooks) | dict(part._forward_pre_hooks) for part in peft_model.modules()]
+    assert model.labelled_positions.names == ()
+
+
+def test_what_is_within_a_module_gets_what_it_gets() -> None:
+    peft_model = _model("llama")
+    positions = LabelledPositions(peft_model.requires_grad_(False))
+    held = [name for name in adapter_parameters(peft_model) if positions.holds(name)]
+    parts = {name.split("layers.")[1].split(".lora")[0] for name in held}
+    assert parts == {"1.self_attn.q_proj", "1.self_attn.o_proj", *(f"1.mlp.{w}_proj" for w in ("gate", "up", "down"))}
+
+
+class Toy(nn.Module):
+    """Sums over what comes before, a layer, and something of one's own behind it."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor], within: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer, self.head = nn.Embedding(330, 8), Layer(within), nn.Linear(8, 330)
+        self.behind = behind
+        self.double().requires_grad_(False).eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> Any:
+        hidden_BSH = self.layer(self.embed(input_ids).cumsum(1))
+        return SimpleNamespace(logits=self.head(self.behind(hidden_BSH)))
+
+
+class Layer(nn.Module):
+    """A linear map, and something of one's own before it."""
+
+    def __init__(self, within: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.map, self.within = nn.Linear(8, 8), within
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        output: Tensor = self.map(self.within(hidden_BSH))
+        return output
+
+
+def _same(states: Tensor) -> Tensor:
+    return states
+
+
+def _mixed(states: Tensor) -> Tensor:
+    return states + states.cumsum(1)
+
+
+def _mixed_without_gradient(states: Tensor) -> Tensor:
+    return states + states.detach().cumsum(1)
+
+
+def _place(states: Tensor) -> Tensor:
+    return states + torch.arange(states.shape[1], dtype=states.dtype)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("behind", "within", "names"),
+    [
+        pytest.param(_same, _same, ("layer",), id="nothing"),
+        pytest.param(_mixed, _same, (), id="mixed behind"),
+        pytest.param(_same, _mixed, ("layer.map",), id="mixed within"),
+        pytest.param(_mixed_without_gradient, _same, (), id="mixed behind, without a gradient"),
+        pytest.param(_same, _mixed_without_gradient, (), id="mixed within, without a gradient"),
+        pytest.param(_same, _place, (), id="dependent on the place in the row"),
+        pytest.param(_place, _same, ("layer",), id="dependent on the place behind"),
+    ],
+)
+def test_states_that_may_be_read_are_computed(
+    behind: Callable[[Tensor], Tensor],
+    within: Callable[[Tensor], Tensor],
+    names: tuple[str, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module, batch = Toy(behind, within), pad_batch(SAMPLES)
+    expected_B = sample_values(module, batch, "sum_logps")
+    with caplog.at_level(logging.INFO, logger="rose_ray.model.labelled_positions"):
+        positions = LabelledPositions(module)
+    assert positions.names == names
+    found_by_gradients = behind is _mixed  # then there is nothing to take back, and nothing to say
+    said = ["this model may read states where no label is: all of them are computed"]
+    assert [record.message for record in caplog.records] == (said if not (names or found_by_gradients) else [])
+    with positions.of(batch):
+        torch.testing.assert_close(sample_values(module, batch, "sum_logps"), expected_B, rtol=1e-12, atol=0)
+
+
+def test_partitioned_weights_and_models_without_embedding_are_left_alone() -> None:
+    module = Toy(_same, _same)
+    module.head.weight.ds_id = 1  # type: ignore[assignment]
+    assert LabelledPositions(module).names == ()
+    module = Toy(_same, _same)
+    module.get_input_embeddings = lambda: None  # type: ignore[method-assign, return-value, assignment]
+    assert LabelledPositions(module).names == ()
