@@ -91,6 +91,7 @@ class Variant:
         dim: Its width.
         kernel: Of the work behind the gradients.
         merge_adapter: As jobs have it, where the type allows it; each pass merges anew, which a job does once a shard.
+        skip_unread: As jobs have it.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Variant:
     dim: int = 0
     kernel: KernelKind = "torch"
     merge_adapter: bool = True
+    skip_unread: bool = True
 
     def wanted(self, only: Sequence[str] | None) -> bool:
         """Whether it was asked for, by its whole name or by what stands before one of its commas."""
@@ -154,7 +156,8 @@ def engine(setting: Setting, variant: Variant) -> Pass:
 
         @contextmanager
         def around() -> Iterator[Pass]:
-            with closing(ScoringModel(module, setting.device, merge_adapter=variant.merge_adapter)) as model:
+            ways = {"merge_adapter": variant.merge_adapter, "skip_unread": variant.skip_unread}
+            with closing(ScoringModel(module, setting.device, **ways)) as model:
                 yield functools.partial(once, model)
 
         return Prepared(around)
@@ -271,8 +274,10 @@ def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
     for dim in (1024, 8192):
         for kind in ("sketch", "sketch, deflated", "factored"):
             made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
-    made.append(Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384))
-    made.append(replace(made[-1], name=f"{made[-1].name}, adapter apart", merge_adapter=False))
+    default = Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384)
+    made.append(default)
+    made.append(replace(default, name=f"{default.name}, adapter apart", merge_adapter=False))
+    made.append(replace(default, name=f"{default.name}, every state", skip_unread=False))
     made += [Variant(f"engine, rademacher, D {dim}", baseline, "rademacher", dim) for dim in (1024, 8192)]
     further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
     exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]
@@ -284,10 +289,9 @@ def a_few(dtypes: Sequence[torch.dtype]) -> list[Variant]:
     made = [
         Variant(DROPPED, dtypes[0], "dropped"),
         Variant("engine, sketch, deflated, D 1024", dtypes[0], "sketch, deflated", 1024),
-        Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192),
-        Variant(
-            "engine, sketch, deflated, D 8192, adapter apart", dtypes[0], "sketch, deflated", 8192, merge_adapter=False
-        ),
+        (default := Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192)),
+        replace(default, name=f"{default.name}, adapter apart", merge_adapter=False),
+        replace(default, name=f"{default.name}, every state", skip_unread=False),
         Variant("engine, exact 16", dtypes[0], "exact 16"),
     ]
     return made + _in_further(dtypes, made, (DROPPED, "engine, sketch, deflated, D 1024", "engine, exact 16"))

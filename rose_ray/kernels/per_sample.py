@@ -5,13 +5,14 @@ product of the output gradient and the input. The adapter's part of a layer runs
 both factors to a receiver in the backward pass, after which they are free. Autograd never forms a weight gradient,
 ``param.grad`` is never read, and the matrix of all gradients never exists.
 
-Shapes: B batch, S tokens of a padded row, T tokens of a packed one, I inputs, O outputs, R rank.
+Shapes: B batch, S tokens of a padded row, T of a packed one, K of its longest sample, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,19 +42,46 @@ def linear_weight_gradients(input_BSI: Tensor, output_grad_BSO: Tensor) -> Tenso
     return torch.bmm(output_grad_BSO.transpose(1, 2), input_BSI).to(dtype)
 
 
-def packed_weight_gradients(input_TI: Tensor, output_grad_TO: Tensor, lengths: Sequence[int]) -> Tensor:
+@dataclass(frozen=True)
+class PackedRows:
+    """Samples that lie end to end, and where each of their tokens comes to lie when they lie side by side.
+
+    Attributes:
+        places_T: In the flattened [B, K], int64, where K is the length of the longest.
+        num_samples: B.
+        longest: K.
+    """
+
+    places_T: Tensor
+    num_samples: int
+    longest: int
+
+    @classmethod
+    def of(cls, rows_T: Tensor, slots_T: Tensor, num_samples: int, longest: int) -> Self:
+        """From the sample of each token, and its number within the sample."""
+        return cls(rows_T * longest + slots_T, num_samples, longest)
+
+    def side_by_side(self, packed_TI: Tensor) -> Tensor:
+        """Return the samples' rows [B, K, I], zero behind each."""
+        rows_NI = packed_TI.new_zeros(self.num_samples * self.longest, packed_TI.shape[1])
+        rows_NI.index_copy_(0, self.places_T, packed_TI)
+        return rows_NI.view(self.num_samples, self.longest, -1)
+
+
+def packed_weight_gradients(input_TI: Tensor, output_grad_TO: Tensor, rows: PackedRows) -> Tensor:
     """Return each sample's weight gradient where samples lie end to end in one row, [B, O, I].
+
+    Two copies and one product: a product a sample would be as many calls as there are samples.
 
     Args:
         input_TI: What went into the layer.
         output_grad_TO: Gradient of the summed loss in the layer's output.
-        lengths: Tokens of each sample, in order; they sum to T.
+        rows: Where the samples lie.
 
     Returns:
         As `linear_weight_gradients`.
     """
-    parts = zip(torch.split(input_TI, list(lengths)), torch.split(output_grad_TO, list(lengths)), strict=True)
-    return torch.cat([linear_weight_gradients(part[None], grad[None]) for part, grad in parts])
+    return linear_weight_gradients(rows.side_by_side(input_TI), rows.side_by_side(output_grad_TO))
 
 
 class _AddedLora(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rose_ray.data.tokenize import Sample
+from rose_ray.kernels.per_sample import PackedRows
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,19 @@ class Batch:
         slots_T = torch.arange(len(rows_T), device=rows_T.device) - starts_B[rows_T]
         size = self.input_ids.shape[1]
         flat_T = places_T if self.lengths is not None else rows_T * size + places_T
-        return Labels(flat_T, self.input_ids.flatten()[flat_T + 1], rows_T, slots_T, counts_B)
+        targets_T = self.input_ids.flatten()[flat_T + 1]
+        return Labels(flat_T, targets_T, rows_T, slots_T, counts_B, int(counts_B.max()))
+
+    @cached_property
+    def packed_rows(self) -> PackedRows | None:
+        """Where the samples lie, where they are packed."""
+        if self.lengths is None:
+            return None
+        lengths_B = torch.tensor(self.lengths)
+        rows_T = torch.repeat_interleave(lengths_B)
+        slots_T = torch.arange(len(rows_T)) - (lengths_B.cumsum(0) - lengths_B)[rows_T]
+        device = self.input_ids.device
+        return PackedRows.of(rows_T.to(device), slots_T.to(device), len(self.lengths), max(self.lengths))
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
@@ -73,6 +86,7 @@ class Labels:
         targets_T: The tokens.
         rows_T, slots_T: Sample, and number within the sample.
         counts_B: How many each sample has.
+        most: The largest of them.
     """
 
     flat_T: Tensor
@@ -80,6 +94,12 @@ class Labels:
     rows_T: Tensor
     slots_T: Tensor
     counts_B: Tensor
+    most: int
+
+    @cached_property
+    def packed_rows(self) -> PackedRows:
+        """Where the samples lie when nothing else is left of the batch."""
+        return PackedRows.of(self.rows_T, self.slots_T, len(self.counts_B), self.most)
 
 
 def pad_batch(samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> Batch:

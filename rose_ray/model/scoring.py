@@ -28,6 +28,7 @@ class ScoringModel:
         device: Where batches go.
         checkpointed: Activations are recomputed, as the module was told; without dropout all the same.
         merge_adapter: An adapter that `load_adapter` brings is added to copies of the weights: see `Taps.merge`.
+        skip_unread: States that no loss reads are not computed: see `LabelledPositions`. To measure what that saves.
 
     Raises:
         ModelError: Its activations are to be recomputed, and no layer knows how; or see `Taps`.
@@ -40,6 +41,7 @@ class ScoringModel:
         *,
         checkpointed: bool = False,
         merge_adapter: bool = False,
+        skip_unread: bool = True,
     ) -> None:
         self.module = module
         self._merge_adapter = merge_adapter
@@ -51,6 +53,9 @@ class ScoringModel:
         module.requires_grad_(False)
         module.eval()
         self.labelled_positions = LabelledPositions(module)
+        if not skip_unread:
+            self.labelled_positions.remove()
+        self._labelled_only = frozenset(filter(self.labelled_positions.holds, self.taps.names))
         self._recomputing = recompute_in_evaluation(module) if checkpointed else {}
 
     def close(self) -> None:
@@ -114,7 +119,7 @@ class ScoringModel:
         Returns:
             The values [B], detached.
         """
-        with self.labelled_positions.of(batch), self.taps.sending_to(consume, batch, self.labelled_positions.holds):
+        with self.labelled_positions.of(batch), self.taps.sending_to(consume, batch, self._labelled_only):
             values_B = sample_values(self.module, batch, reduction)
             before_backward(values_B.detach())
             values_B.sum().backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rose_ray.errors import ModelError, ResourceError
 from rose_ray.kernels.per_sample import (
     GradientConsumer,
+    PackedRows,
     added_lora,
     linear_weight_gradients,
     merged_lora,
@@ -42,7 +43,7 @@ class Taps:
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._consume: GradientConsumer | None = None
-        self._lengths: dict[str, Sequence[int] | None] = {}
+        self._rows: dict[str, PackedRows | None] = {}
         self._merged: dict[str, Tensor] = {}
         self._received: set[str] = set()
         self._layers: dict[str, Any] = {n: layer for n, layer in module.named_modules() if hasattr(layer, "lora_A")}
@@ -51,6 +52,11 @@ class Taps:
         self._weights = {n: (weights[f"{n}.lora_A.weight"], weights[f"{n}.lora_B.weight"]) for n in self._layers}
         for name, layer in self._layers.items():
             layer.forward = functools.partial(self._forward, name, layer, self._weights[name])
+
+    @property
+    def names(self) -> list[str]:
+        """The layers."""
+        return list(self._layers)
 
     def merge(self) -> None:
         """Add the adapter in the slot to copies of the weights, which take the base layers' place until the next call.
@@ -84,22 +90,20 @@ class Taps:
             del layer.forward
 
     @contextmanager
-    def sending_to(
-        self, consume: GradientConsumer, batch: Batch, labelled_only: Callable[[str], bool] = lambda name: False
-    ) -> Iterator[None]:
+    def sending_to(self, consume: GradientConsumer, batch: Batch, labelled_only: Container[str] = ()) -> Iterator[None]:
         """Send each weight's gradients [B, O, I] to ``consume`` during backward.
 
         Args:
             consume: Receives ``(name, gradients)``; runs without autograd.
             batch: What goes through the model.
-            labelled_only: Whether a layer gets the batch's labelled positions alone, end to end in one row.
+            labelled_only: Layers that get the batch's labelled positions alone, end to end in one row.
 
         Raises:
             ModelError: A layer takes no rows of tokens [B, S, I]; or, in the backward pass, it ran more than once in
                 the forward pass, so that no single call has the whole gradient of its weights.
         """
-        counts = batch.labels.counts_B.tolist()
-        self._lengths = {n: counts if labelled_only(n) else batch.lengths for n in self._layers}
+        labelled = batch.labels.packed_rows
+        self._rows = {n: labelled if n in labelled_only else batch.packed_rows for n in self._layers}
         self._consume = consume
         self._received.clear()
         try:
@@ -135,12 +139,12 @@ class Taps:
                 "before Adam, which sees them call by call. Leave it out of lora.target_modules."
             )
         self._received.add(weight)
-        lengths = self._lengths[name]
+        rows = self._rows[name]
         with torch.no_grad():
-            if lengths is None:
+            if rows is None:
                 grads_BOI = linear_weight_gradients(input_BSI, output_grad_BSO)
             else:
-                grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], lengths)
+                grads_BOI = packed_weight_gradients(input_BSI[0], output_grad_BSO[0], rows)
             consume(weight, grads_BOI)
 
 

@@ -35,7 +35,7 @@ def sample_values(module: nn.Module, batch: Batch, reduction: Reduction) -> Tens
     labels = batch.labels
     logps_T = _labelled_logps(module, batch)
     # Laid out as rows and summed: a scattered sum has no fixed order on a GPU.
-    padded_BK = logps_T.new_zeros(batch.num_samples, int(labels.slots_T.max()) + 1)
+    padded_BK = logps_T.new_zeros(batch.num_samples, labels.most)
     sums_B = padded_BK.index_put((labels.rows_T, labels.slots_T), logps_T).sum(1)
     return sums_B if reduction == "sum_logps" else -sums_B / labels.counts_B
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rose_ray.kernels.per_sample import added_lora, linear_weight_gradients, merged_lora
+from rose_ray.kernels.per_sample import (
+    PackedRows,
+    added_lora,
+    linear_weight_gradients,
+    merged_lora,
+    packed_weight_gradients,
+)
 
 FLOAT64 = 1e-12
 """Sums of a few dozen products in another order."""
@@ -89,3 +95,21 @@ def test_a_merged_layer_gives_what_autograd_gives(has_bias: bool, lowest: bool) 
 def test_a_merged_layer_that_nobody_listens_to_has_no_graph_of_its_own() -> None:
     hidden, merged, zeros = torch.ones(1, 2, 3), torch.ones(4, 3), torch.zeros(1)
     assert not merged_lora(hidden, merged, None, zeros, zeros, 1.0, None).requires_grad
+
+
+def test_samples_end_to_end_have_the_gradients_of_their_own_tokens() -> None:
+    lengths = (3, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(sum(lengths), INPUTS, generator=generator, dtype=torch.float64)
+    grads = torch.randn(sum(lengths), OUTPUTS, generator=generator, dtype=torch.float64)
+    rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    slots = torch.tensor([0, 1, 2, 0, 0, 1, 2, 3])
+    packed = PackedRows.of(rows, slots, len(lengths), max(lengths))
+    side_by_side = packed.side_by_side(inputs)
+    assert side_by_side.shape == (3, 4, INPUTS) and not side_by_side[0, 3:].any() and not side_by_side[1, 1:].any()
+    expected = [
+        sum(torch.outer(grads[token], inputs[token]) for token in range(len(rows)) if rows[token] == row)
+        for row in range(len(lengths))
+    ]
+    found = packed_weight_gradients(inputs, grads, packed)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=FLOAT64, atol=FLOAT64)  # type: ignore[arg-type]
