@@ -286,10 +286,11 @@ def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
 
 def a_few(dtypes: Sequence[torch.dtype]) -> list[Variant]:
     """The variants of the other parts."""
+    default = Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192)
     made = [
         Variant(DROPPED, dtypes[0], "dropped"),
         Variant("engine, sketch, deflated, D 1024", dtypes[0], "sketch, deflated", 1024),
-        (default := Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192)),
+        default,
         replace(default, name=f"{default.name}, adapter apart", merge_adapter=False),
         replace(default, name=f"{default.name}, every state", skip_unread=False),
         Variant("engine, exact 16", dtypes[0], "exact 16"),

@@ -86,10 +86,14 @@ class GradientEngine:
     def __init__(self, model: PeftModel) -> None:
         device = _check_model(model)
         self.layout: ParameterLayout = layout_of(model)
-        self._scoring: ScoringModel | None = ScoringModel(model, device)
         self._config: Any = model.get_base_model().config
         self._use_cache = getattr(self._config, "use_cache", None)
         self._set_cache(False)
+        try:
+            self._scoring: ScoringModel | None = ScoringModel(model, device)
+        except BaseException:
+            self._set_cache(self._use_cache)
+            raise
 
     def __enter__(self) -> Self:
         return self

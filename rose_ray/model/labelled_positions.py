@@ -1,8 +1,8 @@
 """The end of a model at labelled positions only: states that no loss reads are not computed.
 
-Behind the last layer that mixes positions, what happens at a position is read by the loss at that position and by
-nothing else. In a Llama that is the last layer's queries, the output of its attention and its feed-forward part, and
-the norms behind them: at prompts and padding they cost products, forward and backward, for nothing.
+From the last mixing of positions on, what happens at a position is read by the loss at that position and by nothing
+else. In a Llama that is the last layer's queries, what its attention gives, its feed-forward part, and the norms behind
+them: at prompts and padding they cost products, forward and backward, for nothing.
 
 Which modules these are is found by trying, not by name: see `_silent_elsewhere`.
 
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rose_ray.errors import ModelError
 from rose_ray.model.batch import Batch
 from rose_ray.model.core import core_model
+from rose_ray.model.memory import is_out_of_memory
 from rose_ray.model.values import sample_values
 
 logger = logging.getLogger(__name__)
@@ -34,33 +36,42 @@ _LENGTH = 12
 
 
 class LabelledPositions:
-    """Runs the modules behind the last mixing of positions where a loss reads, and gives zeros elsewhere.
+    """Runs modules that it has found where a loss reads, and gives zeros elsewhere.
 
-    There are none where a model may read their states elsewhere after all, where it has no embedding to start from, or
-    where its weights are partitioned: then everything runs everywhere.
-
-    Args:
-        module: The PEFT model, frozen, in evaluation mode, its activations not recomputed yet.
+    There are none until `find`, and none after it where a model may read their states elsewhere, cannot be tried, or
+    has partitioned weights: then everything runs everywhere.
 
     Attributes:
         names: The modules.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self._batch: Batch | None = None
         self._elsewhere = 0.0
         self._hooks: list[RemovableHandle] = []
-        trial = _trial_batch(module)
-        if trial is None:
-            return
-        self.names, values_B, grad_BSH = _silent_elsewhere(module, trial)
-        for name in self.names:
-            part = module.get_submodule(name)
-            self._hooks += [part.register_forward_pre_hook(self._gather), part.register_forward_hook(self._scatter)]
-        if self.names and not self._confirmed(module, trial, values_B, grad_BSH):
-            logger.info("this model may read states where no label is: all of them are computed")
+
+    def find(self, module: nn.Module) -> None:
+        """Try the model on two short made-up rows: once to find modules, twice to make sure of them.
+
+        Args:
+            module: The PEFT model, frozen, in evaluation mode, without a cache, its activations not recomputed yet.
+
+        Raises:
+            RuntimeError: Not even these rows fit into memory.
+        """
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            return  # all ranks would have to gather the parts
+        try:
+            said = self._try(module)
+        except Exception as error:  # remote code may rely on anything; a real batch will tell what is wrong
             self.remove()
+            if is_out_of_memory(error):
+                raise
+            said = f"it cannot be tried: {error}"
+        if said:
+            self.remove()
+            logger.info(f"states are computed where no loss reads them too: {said}")
 
     def holds(self, name: str) -> bool:
         """Whether a module gets labelled positions alone [1, T, ...], itself or within another."""
@@ -69,11 +80,11 @@ class LabelledPositions:
     @contextmanager
     def of(self, batch: Batch) -> Iterator[None]:
         """Run the modules at this batch's labelled positions in both passes; outside they run everywhere."""
-        self._batch = batch
+        before, self._batch = self._batch, batch
         try:
             yield
         finally:
-            self._batch = None
+            self._batch = before
 
     def remove(self) -> None:
         """Let the modules run everywhere for good."""
@@ -81,38 +92,50 @@ class LabelledPositions:
             hook.remove()
         self.names, self._hooks = (), []
 
-    def _gather(self, _module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _gather(self, part: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         if self._batch is None:
             return None
+        if args[0].shape[:2] != self._batch.input_ids.shape:
+            raise ModelError(
+                f"{type(part).__name__} takes {list(args[0].shape)} of a batch of {list(self._batch.input_ids.shape)} "
+                "tokens, and took all tokens of short rows at once. Lower model.max_tokens."
+            )
         return (args[0].flatten(0, 1).index_select(0, self._batch.labels.flat_T)[None],)
 
-    def _scatter(self, _module: nn.Module, _args: tuple[Tensor], output_1TO: Tensor) -> Tensor | None:
+    def _scatter(self, _part: nn.Module, _args: tuple[Tensor], output_1TO: Tensor) -> Tensor | None:
         if self._batch is None:
             return None
         shape = self._batch.input_ids.shape
         everywhere = output_1TO.new_full((shape.numel(), *output_1TO.shape[2:]), self._elsewhere)
-        output_BSO: Tensor = everywhere.index_copy(0, self._batch.labels.flat_T, output_1TO[0]).unflatten(0, shape)
-        return output_BSO
+        everywhere.index_copy_(0, self._batch.labels.flat_T, output_1TO[0])
+        return everywhere.view(*shape, *output_1TO.shape[2:])
 
-    def _confirmed(self, module: nn.Module, trial: Batch, values_B: Tensor, grad_BSH: Tensor) -> bool:
-        """Whether values and gradients are the same as with everything everywhere."""
-        # Far above what rounding makes of other shapes, far below the effect of another state where a loss reads.
-        share = 1e-3 if values_B.dtype == torch.float64 or grad_BSH.dtype == torch.float32 else 0.05
+    def _try(self, module: nn.Module) -> str | None:
+        """Find the modules; return what speaks against them."""
+        embedding: Any = core_model(module).get_input_embeddings()  # type: ignore[operator]
+        trial = _trial_batch(embedding)
+        with _graph_from(embedding):
+            sample_values(module, trial, "sum_logps")  # the first time may take several passes
+        self.names, values_B, grad_BSH = _silent_elsewhere(module, embedding, trial)
+        if not self.names:
+            return "gradients reach all of them"
+        for name in self.names:
+            part = module.get_submodule(name)
+            self._hooks += [part.register_forward_pre_hook(self._gather), part.register_forward_hook(self._scatter)]
         with self.of(trial):
-            found_B, found_BSH = _values_and_gradient(module, trial)
+            found_B, found_BSH = _values_and_gradient(module, embedding, trial)
             self._elsewhere = torch.nan  # what is read without a gradient shows
-            with torch.no_grad():
-                spoilt_B = sample_values(module, trial, "sum_logps")
+            with _graph_from(embedding):
+                spoilt_B = sample_values(module, trial, "sum_logps").detach()
             self._elsewhere = 0.0
         pairs = ((found_B, values_B), (spoilt_B, values_B), (found_BSH, grad_BSH))
-        return all(bool((found - wanted).norm() <= share * wanted.norm()) for found, wanted in pairs)
+        # Far above what rounding makes of other shapes, far below the effect of another state where a loss reads.
+        share = 1e-3 if all(p.dtype in (torch.float32, torch.float64) for p in module.parameters()) else 0.05
+        same = all(bool((found - wanted).norm() <= share * wanted.norm()) for found, wanted in pairs)
+        return None if same else "values or gradients are others without them"
 
 
-def _trial_batch(module: nn.Module) -> Batch | None:
-    embedding = _embedding(module)
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-    if embedding is None or partitioned:  # whose parts all ranks would have to gather
-        return None
+def _trial_batch(embedding: nn.Embedding) -> Batch:
     loss_mask = torch.zeros(len(_LABELLED), _LENGTH, dtype=torch.bool)
     for row, places in enumerate(_LABELLED):
         loss_mask[row, list(places)] = True
@@ -121,16 +144,13 @@ def _trial_batch(module: nn.Module) -> Batch | None:
     return Batch(ids.to(device), torch.ones_like(ids).to(device), loss_mask.to(device))
 
 
-def _embedding(module: nn.Module) -> nn.Embedding | None:
-    core: Any = core_model(module)
-    embedding = core.get_input_embeddings() if hasattr(core, "get_input_embeddings") else None
-    return embedding if isinstance(embedding, nn.Embedding) else None
+@contextmanager
+def _graph_from(embedding: nn.Module) -> Iterator[list[Tensor]]:
+    """Let autograd's graph start at the embedded tokens, which the list gets.
 
-
-def _values_and_gradient(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Values [B] of the samples, and the gradient of their sum in the embedded tokens [B, S, H]."""
-    embedding, embedded = _embedding(module), []
-    assert embedding is not None
+    In every pass of the trial: without a graph, bitsandbytes packs weights anew for good on some CPUs.
+    """
+    embedded: list[Tensor] = []
 
     def start(_embedding: nn.Module, _args: Any, states_BSH: Tensor) -> Tensor:
         embedded.append(states_BSH.detach().requires_grad_())
@@ -139,15 +159,21 @@ def _values_and_gradient(module: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     hook = embedding.register_forward_hook(start)
     try:
         with torch.enable_grad():
-            values_B = sample_values(module, batch, "sum_logps")
-            (grad_BSH,) = torch.autograd.grad(values_B.sum(), embedded[-1])
+            yield embedded
     finally:
         hook.remove()
+
+
+def _values_and_gradient(module: nn.Module, embedding: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Values [B] of the samples, and the gradient of their sum in the embedded tokens [B, S, H]."""
+    with _graph_from(embedding) as embedded:
+        values_B = sample_values(module, batch, "sum_logps")
+        (grad_BSH,) = torch.autograd.grad(values_B.sum(), embedded)
     return values_B.detach(), grad_BSH
 
 
 class _Watch:
-    """Notes of a module whether gradients of its input and output are zero at all places where no loss reads."""
+    """Notes of a module whether gradients of its input and output are zero where no loss reads, and only there."""
 
     def __init__(self, batch: Batch) -> None:
         self.calls: Counter[str] = Counter()
@@ -173,25 +199,28 @@ class _Watch:
         states = states.clone()  # others read the same tensor, or change it in place
 
         def look(grad: Tensor) -> None:
-            self.silent[name] += not grad.flatten(0, 1)[self._unread].any()
+            nonzero_N = grad.flatten(0, 1).flatten(1).ne(0).any(1)
+            self.silent[name] += bool(nonzero_N[~self._unread].any() and not nonzero_N[self._unread].any())
 
         states.register_hook(look)
         return states
 
 
-def _silent_elsewhere(module: nn.Module, trial: Batch) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Return the outermost modules where no gradient reaches a position that no loss reads; values, and gradient.
+def _silent_elsewhere(module: nn.Module, embedding: nn.Module, trial: Batch) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Return the outermost modules where gradients reach positions that a loss reads, and no others.
 
     Those with weights that run once, take one tensor [B, S, ...] and give one. Of a gradient in its input only what
-    comes through the module itself counts: a key's projection reads what a query's does.
+    comes through the module itself counts: a key's projection reads what a query's does. What no gradient reaches at
+    all, such as what picks the keys to attend to, is left alone: it may do in longer rows what it does not in these.
+
+    Returns:
+        The modules, and what `_values_and_gradient` does.
     """
-    with torch.no_grad():
-        sample_values(module, trial, "sum_logps")  # the first time may take several passes
     watch = _Watch(trial)
     parts = [(name, part) for name, part in module.named_modules() if any(True for _ in part.parameters())]
     hooks = [hook for name, part in parts for hook in watch.on(name, part)]
     try:
-        values_B, grad_BSH = _values_and_gradient(module, trial)
+        values_B, grad_BSH = _values_and_gradient(module, embedding, trial)
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,19 @@ class ScoringModel:
         self.taps = Taps(module, self.weights)
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._training = [(part, part.training) for part in module.modules()]
+        self._recomputing: dict[Any, Callable[..., Any]] = {}
+        self.labelled_positions = LabelledPositions()
         module.requires_grad_(False)
         module.eval()
-        self.labelled_positions = LabelledPositions(module)
-        if not skip_unread:
-            self.labelled_positions.remove()
+        try:
+            if skip_unread:
+                self.labelled_positions.find(module)
+            if checkpointed:
+                self._recomputing = recompute_in_evaluation(module)
+        except BaseException:
+            self.close()
+            raise
         self._labelled_only = frozenset(filter(self.labelled_positions.holds, self.taps.names))
-        self._recomputing = recompute_in_evaluation(module) if checkpointed else {}
 
     def close(self) -> None:
         """Give the module back as it came: what was trainable, in training mode, its layers' own forward passes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,7 +90,9 @@ class Taps:
             del layer.forward
 
     @contextmanager
-    def sending_to(self, consume: GradientConsumer, batch: Batch, labelled_only: Container[str] = ()) -> Iterator[None]:
+    def sending_to(
+        self, consume: GradientConsumer, batch: Batch, labelled_only: Set[str] = frozenset()
+    ) -> Iterator[None]:
         """Send each weight's gradients [B, O, I] to ``consume`` during backward.
 
         Args:
@@ -102,7 +104,7 @@ class Taps:
             ModelError: A layer takes no rows of tokens [B, S, I]; or, in the backward pass, it ran more than once in
                 the forward pass, so that no single call has the whole gradient of its weights.
         """
-        labelled = batch.labels.packed_rows
+        labelled = batch.labels.packed_rows if labelled_only else None
         self._rows = {n: labelled if n in labelled_only else batch.packed_rows for n in self._layers}
         self._consume = consume
         self._received.clear()

@@ -46,6 +46,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "training": {name: part.training for name, part in model.named_modules()},
         "attributes": {name: sorted(vars(part)) for name, part in model.named_modules()},
         "forward": {name: part.forward for name, part in model.named_modules()},
+        "hooks": [(len(p._forward_hooks), len(p._forward_pre_hooks)) for p in model.modules()],
         "dropout": {name: part.p for name, part in model.named_modules() if isinstance(part, nn.Dropout)},
         "grads": [p.grad for p in model.parameters()],
         "use_cache": model.get_base_model().config.use_cache,

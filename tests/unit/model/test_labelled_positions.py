@@ -22,6 +22,7 @@ from transformers import (
     Phi3Config,
 )
 
+from rose_ray.errors import ModelError
 from rose_ray.model.batch import Batch, pack_batch, pad_batch
 from rose_ray.model.labelled_positions import LabelledPositions
 from rose_ray.model.layout import adapter_parameters
@@ -107,6 +108,12 @@ def _model(kind: str) -> Any:
     return model
 
 
+def _found(module: nn.Module) -> LabelledPositions:
+    positions = LabelledPositions()
+    positions.find(module)
+    return positions
+
+
 def _gradients(model: ScoringModel, batch: Batch) -> dict[str, Tensor]:
     kept, consume = oracles.collect(list(model.weights))
     model.backward_per_sample(batch, "mean_loss", consume)
@@ -148,22 +155,42 @@ def test_modules_get_the_labelled_positions_alone() -> None:
     assert seen == {"lower": [(3, 21, 32)], "last": [(3, 21, 32)]}
 
 
+def _hooks(module: nn.Module) -> list[int]:
+    return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()]
+
+
 def test_a_closed_model_runs_everything_everywhere() -> None:
     peft_model = _model("llama")
-    hooks = [dict(part._forward_hooks) | dict(part._forward_pre_hooks) for part in peft_model.modules()]
+    before = _hooks(peft_model)
     model = ScoringModel(peft_model, "cpu")
-    assert model.labelled_positions.names
+    assert model.labelled_positions.names and _hooks(peft_model) != before
     model.close()
-    assert hooks == [dict(part._forward_hooks) | dict(part._forward_pre_hooks) for part in peft_model.modules()]
-    assert model.labelled_positions.names == ()
+    assert _hooks(peft_model) == before and model.labelled_positions.names == ()
 
 
 def test_what_is_within_a_module_gets_what_it_gets() -> None:
     peft_model = _model("llama")
-    positions = LabelledPositions(peft_model.requires_grad_(False))
+    positions = _found(peft_model.requires_grad_(False))
     held = [name for name in adapter_parameters(peft_model) if positions.holds(name)]
     parts = {name.split("layers.")[1].split(".lora")[0] for name in held}
     assert parts == {"1.self_attn.q_proj", "1.self_attn.o_proj", *(f"1.mlp.{w}_proj" for w in ("gate", "up", "down"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["llama", "experts", "capped logits"])
+def test_rounding_hides_no_module(kind: str, dtype: torch.dtype) -> None:
+    peft_model = _model(kind).to(dtype).requires_grad_(False)
+    assert len(_found(peft_model).names) == len(MODELS[kind][1])
+
+
+def test_a_pass_within_another_leaves_the_outer_one_s_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = LabelledPositions()
+    outer, inner = pad_batch(SAMPLES), pad_batch(SAMPLES[:1])
+    with positions.of(outer):
+        with positions.of(inner):
+            assert positions._batch is inner
+        assert positions._batch is outer
+    assert positions._batch is None
 
 
 class Toy(nn.Module):
@@ -215,32 +242,68 @@ def _place(states: Tensor) -> Tensor:
     return states + torch.arange(states.shape[1], dtype=states.dtype)[:, None]
 
 
+def _never_a_single_row(states: Tensor) -> Tensor:
+    if len(states) == 1:
+        raise ValueError("a row alone")
+    return states
+
+
+READ = "values or gradients are others without them"
+REACHED = "gradients reach all of them"
+
+
 @pytest.mark.parametrize(
-    ("behind", "within", "names"),
+    ("behind", "within", "names", "said"),
     [
-        pytest.param(_same, _same, ("layer",), id="nothing"),
-        pytest.param(_mixed, _same, (), id="mixed behind"),
-        pytest.param(_same, _mixed, ("layer.map",), id="mixed within"),
-        pytest.param(_mixed_without_gradient, _same, (), id="mixed behind, without a gradient"),
-        pytest.param(_same, _mixed_without_gradient, (), id="mixed within, without a gradient"),
-        pytest.param(_same, _place, (), id="dependent on the place in the row"),
-        pytest.param(_place, _same, ("layer",), id="dependent on the place behind"),
+        pytest.param(_same, _same, ("layer",), None, id="nothing"),
+        pytest.param(_mixed, _same, (), REACHED, id="mixed behind"),
+        pytest.param(_same, _mixed, ("layer.map",), None, id="mixed within"),
+        pytest.param(_mixed_without_gradient, _same, (), READ, id="mixed behind, without a gradient"),
+        pytest.param(_same, _mixed_without_gradient, (), READ, id="mixed within, without a gradient"),
+        pytest.param(_same, _place, (), READ, id="dependent on the place in the row"),
+        pytest.param(_place, _same, ("layer",), None, id="dependent on the place behind"),
+        pytest.param(_same, _never_a_single_row, (), "it cannot be tried: a row alone", id="an error"),
     ],
 )
 def test_states_that_may_be_read_are_computed(
     behind: Callable[[Tensor], Tensor],
     within: Callable[[Tensor], Tensor],
     names: tuple[str, ...],
+    said: str | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     module, batch = Toy(behind, within), pad_batch(SAMPLES)
     expected_B = sample_values(module, batch, "sum_logps")
     with caplog.at_level(logging.INFO, logger="rose_ray.model.labelled_positions"):
-        positions = LabelledPositions(module)
+        positions = _found(module)
     assert positions.names == names
-    found_by_gradients = behind is _mixed  # then there is nothing to take back, and nothing to say
-    said = ["this model may read states where no label is: all of them are computed"]
-    assert [record.message for record in caplog.records] == (said if not (names or found_by_gradients) else [])
+    assert [
+        r.message.startswith(f"states are computed where no loss reads them too: {said}") for r in caplog.records
+    ] == ([True] if said else [])
+    with positions.of(batch):
+        torch.testing.assert_close(sample_values(module, batch, "sum_logps"), expected_B, rtol=1e-12, atol=0)
+    assert _hooks(module) == _hooks(Toy(behind, within)) or names
+
+
+def test_what_no_gradient_reaches_in_short_rows_runs_everywhere() -> None:
+    class Compressing(Toy):
+        """Adds a map of blocks of 16 tokens, of which short rows have none, so that zeros go back through it."""
+
+        def __init__(self) -> None:
+            super().__init__(_same, _same)
+            self.block = nn.Linear(8, 8).double().requires_grad_(False)
+
+        def forward(self, input_ids: Tensor) -> Any:
+            embedded_BSH = self.embed(input_ids)
+            whole = input_ids.shape[1] // 16 * 16
+            blocks_B1H = self.block(embedded_BSH)[:, :whole].sum(1, keepdim=True)
+            return SimpleNamespace(logits=self.head(self.layer(embedded_BSH.cumsum(1) + blocks_B1H)))
+
+    module, batch = Compressing(), pad_batch(SAMPLES)
+    assert batch.input_ids.shape[1] > 16
+    expected_B = sample_values(module, batch, "sum_logps")
+    positions = _found(module)
+    assert positions.names == ("layer",)
     with positions.of(batch):
         torch.testing.assert_close(sample_values(module, batch, "sum_logps"), expected_B, rtol=1e-12, atol=0)
 
@@ -248,7 +311,39 @@ def test_states_that_may_be_read_are_computed(
 def test_partitioned_weights_and_models_without_embedding_are_left_alone() -> None:
     module = Toy(_same, _same)
     module.head.weight.ds_id = 1  # type: ignore[assignment]
-    assert LabelledPositions(module).names == ()
+    assert _found(module).names == ()
     module = Toy(_same, _same)
     module.get_input_embeddings = lambda: None  # type: ignore[method-assign, return-value, assignment]
-    assert LabelledPositions(module).names == ()
+    assert _found(module).names == ()
+    unused = Toy(_same, _same)
+    unused.get_input_embeddings = lambda: nn.Embedding(330, 8)  # type: ignore[method-assign]
+    assert _found(unused).names == ()
+
+
+def test_a_module_that_takes_long_rows_in_pieces_ends_the_pass() -> None:
+    class Chunked(Toy):
+        """Runs its layer over 16 tokens at a time."""
+
+        def forward(self, input_ids: Tensor) -> Any:
+            pieces = self.embed(input_ids).cumsum(1).split(16, dim=1)
+            return SimpleNamespace(logits=self.head(torch.cat([self.layer(piece) for piece in pieces], dim=1)))
+
+    module, batch = Chunked(_same, _same), pad_batch(SAMPLES)
+    positions = _found(module)
+    message = r"^Layer takes \[3, 16, 8\] of a batch of \[3, 21\] tokens, .* Lower model\.max_tokens\.$"
+    with positions.of(batch), pytest.raises(ModelError, match=message):
+        sample_values(module, batch, "sum_logps")
+
+
+def test_short_memory_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft_model = _model("llama")
+    before = _hooks(peft_model), [p.requires_grad for p in peft_model.parameters()]
+
+    def exhausted(*_args: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("rose_ray.model.labelled_positions._silent_elsewhere", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        ScoringModel(peft_model, "cpu")
+    assert (_hooks(peft_model), [p.requires_grad for p in peft_model.parameters()]) == before
+    assert not any("forward" in vars(part) for part in peft_model.modules())
