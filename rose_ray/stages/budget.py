@@ -42,6 +42,7 @@ class MemoryNeed:
 
         Never more than ``most_tokens``; at least ``row_tokens``, since a row cannot be split.
         """
+        assert self.per_row, "a row alone was measured, and that tells nothing of two"
         room = USED_FRACTION * self.available - self.one_row
         rows = 1 + max(0, int(room // self.per_row))
         return max(self.row_tokens, min(most_tokens, rows * self.row_tokens))
