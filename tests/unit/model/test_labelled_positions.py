@@ -17,6 +17,8 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
@@ -35,7 +37,7 @@ FLOAT64 = 1e-9
 """Relative to a weight's largest gradient: the sums of two dozen tokens in another order, through two layers."""
 
 FLOAT32_WITHIN = 1e-5
-"""The same for models whose norms or capped products are float32 whatever the type of their weights."""
+"""The same for models whose norms, capped products or states are float32 whatever the type of their weights."""
 
 SAMPLES = make_samples((12, 5, 21), 330)
 SIZES = {"vocab_size": 330, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -79,6 +81,24 @@ MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         lambda: GPTNeoXConfig(**SIZES, **WIDE, intermediate_size=48),
         {"layers.1.mlp", "layers.1.attention.dense", "layers.1.post_attention_layernorm", "final_layer_norm"},
     ),
+    "a state space": (
+        lambda: MambaConfig(vocab_size=330, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2),
+        {"layers.1.mixer.out_proj", "norm_f"},
+    ),
+    "experts that give two tensors": (
+        lambda: GptOssConfig(
+            **SIZES,
+            **WIDE,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        ),
+        {"layers.1.post_attention_layernorm", "layers.1.self_attn.o_proj", "norm", QUERIES},
+    ),
     "layers without a feed-forward module": (
         lambda: OPTConfig(**SIZES, **WIDE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
         {
@@ -90,9 +110,14 @@ MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
 }
 
 
-IN_FLOAT32 = ("capped logits",)
-TARGETS = {"experts": r".*\.[qkvo]_proj", "layers without a feed-forward module": r".*\.([qkv]|out)_proj"}
-"""Elsewhere every linear layer; these models' others take no rows of tokens."""
+IN_FLOAT32 = ("capped logits", "a state space")
+TARGETS = {
+    "experts": r".*\.[qkvo]_proj",
+    "experts that give two tensors": r".*\.[qkvo]_proj",
+    "layers without a feed-forward module": r".*\.([qkv]|out)_proj",
+    "a state space": r".*\.(in|x)_proj",
+}
+"""Elsewhere every linear layer; these models' others take no rows of tokens, or PEFT leaves them alone."""
 
 PACKABLE = ("llama", "qwen3", "divided logits")
 """Whose attention keeps packed rows apart by their positions; a sliding window is tested elsewhere."""
