@@ -19,8 +19,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.engine import DROPPED, Setting, Variant, engine, free_all
+from benchmarks.engine import Setting, engine, free_all
 from benchmarks.timing import Pass, compare, write_results
+from benchmarks.variants import DROPPED, Variant
 from rose_ray.kernels.direction_sums import DirectionSums
 
 SIZES = {"small": 96, "base": 48, "large": 24}

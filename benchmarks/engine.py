@@ -17,7 +17,7 @@ import gc
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from torch import nn
 from benchmarks.models import SIZES, make_checkpoint, make_model, make_samples, pool_samples, shared_direction
 from benchmarks.plain import full_logits_step, label_only_step
 from benchmarks.timing import ROUNDS, Pass, Prepared, ratio, time_in_turns, write_results
+from benchmarks.variants import Variant, a_few, every_projection, short_name, with_kernels
 from rose_ray.data.batches import length_batches, padding_fraction
 from rose_ray.data.tokenize import Sample
 from rose_ray.kernels.deflated import DeflatedProjection
-from rose_ray.kernels.direction_sums import KernelKind
 from rose_ray.kernels.projection import Projection, make_projection
 from rose_ray.kernels.span import SpanProjection
 from rose_ray.model.attention import SHORT_ROWS, attention_that_runs
@@ -42,10 +42,6 @@ from rose_ray.stages.directions import AdamMoments, DirectionSettings, batch_dir
 
 BASELINE = "plain step, full logits"
 LABEL_ONLY = "plain step, labels only"
-DROPPED = "engine, gradients dropped"
-"""One forward and one backward pass with every per-sample gradient formed, and thrown away: what the others take
-beyond this follows the backward pass."""
-
 ROOM = 1.25
 """What a pass may take beside what is held, over what the plain step took: an allocator's pieces leave gaps."""
 
@@ -78,38 +74,6 @@ class Setting:
             return make_samples(self.num_samples, vocabulary)
         root = Path(self.data)
         return pool_samples(root / "data/pool/pool.jsonl.gz", root / "models/tiny-llama-4m", self.num_samples)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One pass to time.
-
-    Attributes:
-        name: In the table.
-        dtype: Of base and, in the engine, adapter.
-        projection: What `_projections` makes; "" for a plain step, ``dropped`` for no work behind the gradients.
-        dim: Its width.
-        kernel: Of the work behind the gradients.
-        merge_adapter: As jobs have it, where the type allows it; each pass merges anew, which a job does once a shard.
-        skip_unread: As jobs have it.
-    """
-
-    name: str
-    dtype: torch.dtype
-    projection: str = ""
-    dim: int = 0
-    kernel: KernelKind = "torch"
-    merge_adapter: bool = True
-    skip_unread: bool = True
-
-    def wanted(self, only: Sequence[str] | None) -> bool:
-        """Whether it was asked for, by its whole name or by what stands before one of its commas."""
-        return not only or any(f"{self.name},".startswith(f"{each},") for each in only)
-
-    def basis_bytes(self, num_parameters: int) -> int:
-        """Bytes of the vectors of P numbers that its projection holds."""
-        rows = int(self.projection.split()[1]) if self.projection.startswith("exact") else 0
-        return 4 * num_parameters * (rows + self.projection.endswith("deflated"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -205,7 +169,7 @@ def compared(
     """
     plains = [Variant(BASELINE, baseline), Variant(LABEL_ONLY, baseline)]
     for dtype in {each.dtype for each in variants} - {baseline}:
-        plains += [Variant(f"{each}, {_short(dtype)} base", dtype) for each in (BASELINE, LABEL_ONLY)]
+        plains += [Variant(f"{each}, {short_name(dtype)} base", dtype) for each in (BASELINE, LABEL_ONLY)]
     passes = {each.name: plain(setting, each.dtype, label_only=each.name.startswith(LABEL_ONLY)) for each in plains}
     meter = memory_meter(torch.device(setting.device))
     room = ROOM * (meter.peak_bytes(passes[BASELINE]) - meter.peak_bytes(lambda: None))
@@ -265,58 +229,6 @@ def _peak(setting: Setting, variant: Variant) -> tuple[int, int]:
     once()
     low = meter.peak_bytes(lambda: None)
     return meter.peak_bytes(once), low
-
-
-def every_projection(dtypes: Sequence[torch.dtype]) -> list[Variant]:
-    """The variants of the part `projections`, those that hold most last."""
-    baseline = dtypes[0]
-    made = [Variant(DROPPED, baseline, "dropped"), Variant("engine, no projection", baseline, "no projection")]
-    for dim in (1024, 8192):
-        for kind in ("sketch", "sketch, deflated", "factored"):
-            made.append(Variant(f"engine, {kind}, D {dim}", baseline, kind, dim))
-    default = Variant("engine, sketch, deflated, D 16384", baseline, "sketch, deflated", 16384)
-    made.append(default)
-    made.append(replace(default, name=f"{default.name}, adapter apart", merge_adapter=False))
-    made.append(replace(default, name=f"{default.name}, every state", skip_unread=False))
-    made += [Variant(f"engine, rademacher, D {dim}", baseline, "rademacher", dim) for dim in (1024, 8192)]
-    further = (DROPPED, "engine, sketch, deflated, D 1024", "engine, sketch, D 8192", "engine, exact 16")
-    exact = [Variant(f"engine, exact {j}", baseline, f"exact {j}") for j in (1, 16, 64, 256)]
-    return made + _in_further(dtypes, made + exact, further) + exact
-
-
-def a_few(dtypes: Sequence[torch.dtype]) -> list[Variant]:
-    """The variants of the other parts."""
-    default = Variant("engine, sketch, deflated, D 8192", dtypes[0], "sketch, deflated", 8192)
-    made = [
-        Variant(DROPPED, dtypes[0], "dropped"),
-        Variant("engine, sketch, deflated, D 1024", dtypes[0], "sketch, deflated", 1024),
-        default,
-        replace(default, name=f"{default.name}, adapter apart", merge_adapter=False),
-        replace(default, name=f"{default.name}, every state", skip_unread=False),
-        Variant("engine, exact 16", dtypes[0], "exact 16"),
-    ]
-    return made + _in_further(dtypes, made, (DROPPED, "engine, sketch, deflated, D 1024", "engine, exact 16"))
-
-
-def _in_further(dtypes: Sequence[torch.dtype], variants: Sequence[Variant], names: tuple[str, ...]) -> list[Variant]:
-    chosen = [each for each in variants if each.name in names]
-    return [replace(each, name=f"{each.name}, {_short(d)}", dtype=d) for d in dtypes[1:] for each in chosen]
-
-
-def with_kernels(variants: Sequence[Variant], kernels: Sequence[KernelKind]) -> list[Variant]:
-    """Each variant once a kernel that has it; Triton's, where a job may set it, right behind torch's."""
-    made = []
-    for each in variants:
-        fused = each.projection.startswith(("sketch", "exact", "no projection"))
-        if "torch" in kernels or not fused:
-            made.append(each)
-        if "triton" in kernels and fused:
-            made.append(replace(each, name=f"{each.name}, triton", kernel="triton"))
-    return made
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "float32", torch.bfloat16: "bf16"}[dtype]
 
 
 def result_name(options: argparse.Namespace) -> str:
@@ -393,7 +305,9 @@ def main() -> None:
     for title, setting, variants in sections_of(options, options.only):
         if title.startswith("memory"):
             plains = [Variant(BASELINE, baseline)]
-            plains += [Variant(f"{BASELINE}, {_short(d)} base", d) for d in {v.dtype for v in variants} - {baseline}]
+            plains += [
+                Variant(f"{BASELINE}, {short_name(d)} base", d) for d in {v.dtype for v in variants} - {baseline}
+            ]
             sections[title] = [peak_memory(setting, each) for each in (*plains, *variants)]
             continue
         sections[title], lines = compared(setting, variants, options.rounds, baseline)
